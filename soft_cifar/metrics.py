@@ -6,7 +6,7 @@
 __all__ = ['checked', 'distribution', 'accuracy', 'nll', 'brier', 'brier_irreducible', 'Bins', 'binned', 'equal_width',
            'reliability', 'ece', 'ece_equal_mass', 'reliability_true_class', 'ece_true_class', 'entropy',
            'ce_to_humans', 'kl_to_humans', 'js_to_humans', 'tv_to_humans', 'entropy_correlation', 'definite_second',
-           'second_best_accuracy', 'ranked', 'auroc', 'aupr', 'fpr95']
+           'second', 'second_best_accuracy', 'ranked', 'auroc', 'aupr', 'fpr95']
 
 # %% ../nbs/11_metrics.ipynb #8285172d
 import math
@@ -123,14 +123,18 @@ def entropy_correlation(log_probs:Tensor, probs:Tensor) -> float:
 
 # %% ../nbs/11_metrics.ipynb #5f4cca8f
 def definite_second(counts:Tensor, min_votes:int=1) -> Tensor:
-    "Which rows of `counts` [N,K] have a unique first and a unique second class, the second with at least `min_votes`. Boolean [N]."
-    first, second, third = counts.topk(3, 1).values.unbind(1)
-    return (first > second) & (second > third) & (second >= max(min_votes, 1))
+    "Which rows of `counts` [N,K] have one class alone in second place, with at least `min_votes` votes. Boolean [N]."
+    _, second, third = counts.topk(3, 1).values.unbind(1)
+    return (second > third) & (second >= max(min_votes, 1))
+
+def second(values:Tensor) -> Tensor:
+    "The class in second place of each row [N,K]; of equals, the lower index comes first."
+    return values.sort(dim=1, descending=True, stable=True).indices[:, 1]
 
 def second_best_accuracy(log_probs:Tensor, counts:Tensor, min_votes:int=1) -> float:
     "Share of the images with a `definite_second` whose second most probable class is the people's second. NaN if there are none."
     rows = definite_second(counts, min_votes)
-    return (checked(log_probs)[rows].topk(2, 1).indices[:, 1] == counts[rows].topk(2, 1).indices[:, 1]).double().mean().item()
+    return (second(checked(log_probs)[rows]) == second(counts[rows])).double().mean().item()
 
 # %% ../nbs/11_metrics.ipynb #07a48257
 def ranked(id_scores:Tensor, ood_scores:Tensor):
