@@ -7,7 +7,10 @@ READY  := $(VENV)/.ready
 .PHONY: demo test lab notebooks clean
 
 demo: $(READY)            ## one experiment on the embedded oracle set, minutes on two cores
-	$(BIN)/python -m soft_cifar.cli demo
+	@rm -rf demo && mkdir demo
+	$(BIN)/papermill nbs/train.ipynb demo/train.ipynb --no-progress-bar --log-output -p preset demo -p output demo/runs
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html demo/train.ipynb
+	@echo "Done. Open demo/train.html in a browser."
 
 test: $(READY)            ## everything CI runs; ends with "N passed, M failed, K skipped"
 	$(BIN)/python -m pytest tests
@@ -16,7 +19,11 @@ lab: $(READY)             ## JupyterLab, with nbs/explore.ipynb open
 	$(BIN)/jupyter lab nbs/explore.ipynb
 
 notebooks: $(READY)       ## after an edit: export the module, run the lessons, rebuild the README
-	$(BIN)/python tests/refresh.py
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/[0-9]*.ipynb nbs/index.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-prompt --TagRemovePreprocessor.remove_input_tags=hide \
+	    --NbConvertApp.output_files_dir=report/readme --output-dir . --output README nbs/index.ipynb
 
 clean:                    ## the environment, the demo and caches; runs, reports and data stay
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache

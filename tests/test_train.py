@@ -1,0 +1,156 @@
+"""train.ipynb as people run it: through papermill, on the embedded set and on real images, interrupted, and with bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT
+
+from soft_cifar import evaluation, runs
+from soft_cifar.runs import Run
+
+TINY = dict(preset="demo", depth=8, epochs=3, train_size=300, validation_size=100, test_size=200, ood_size=200)
+
+
+def command(out, **parameters):
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    return [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(out), "--no-progress-bar", *words]
+
+
+def papermill(out, cwd=ROOT, env=None, **parameters):
+    words = command(out, **parameters)
+    if cwd != ROOT: words[3] = str(ROOT / "nbs" / "train.ipynb")
+    return subprocess.run(words, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
+
+
+def only_run(output): return next(Path(output).glob("*/*/seed-*"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "One tiny run on the oracle set."
+    place = tmp_path_factory.mktemp("tiny")
+    done = papermill(place / "out.ipynb", output=place / "runs", **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+def test_folder_is_complete(tiny):
+    folder = only_run(tiny / "runs")
+    assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "metrics.json", "predictions.npz", "train.ipynb"]
+    assert [p.name for p in folder.parent.iterdir()] == ["seed-0"]
+    record, predictions, history = runs.load(folder)
+    assert record["parameters"]["epochs"] == 3 and record["parameters"]["method"] == "basic" and len(history) == 3
+    assert record["data"]["oracle"]["encoding"] == "generated" and len(record["data"]["oracle"]["fingerprint"]) == 64
+    assert set(record["seconds"]) == {"load", "fit", "evaluate"} and record["hardware"]["threads"] >= 1 and record["versions"]["torch"]
+    executed = json.loads((folder / "train.ipynb").read_text())
+    assert sum(any("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in executed["cells"]) == 5
+
+
+def test_metrics_come_again_from_predictions(tiny):
+    record, p, _ = runs.load(only_run(tiny / "runs"))
+    again = evaluation.label_metrics(p["log_probs"], p["labels"], p["counts"].long())
+    again |= evaluation.ood_metrics(*({k.removeprefix(kind): v for k, v in p.items() if k.startswith(kind)} for kind in ("score_", "ood_score_")))
+    again |= evaluation.attack_metrics("fgsm", p["log_probs"], p["fgsm_log_probs"], p["labels"])
+    assert again == {k: v for k, v in record["metrics"].items() if k != "kl_posterior"}
+
+
+def test_same_run_same_bytes_from_another_folder(tiny, tmp_path):
+    done = papermill(tmp_path / "out.ipynb", cwd=tmp_path, output=tmp_path / "runs", **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ((only_run(place / "runs") / "predictions.npz").read_bytes() for place in (tiny, tmp_path))
+    assert one == two
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_killed_run_resumes_to_the_same_numbers(tiny, tmp_path, how):
+    longer = TINY | dict(epochs=30)
+    process = subprocess.Popen(command(tmp_path / "out.ipynb", output=tmp_path / "runs", **longer), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = lambda: [*tmp_path.glob("runs/*/*/seed-0.partial/checkpoint.pt")]
+    deadline = time.time() + 120
+    while not checkpoint() and process.poll() is None and time.time() < deadline: time.sleep(.05)
+    assert checkpoint(), "no checkpoint before the run ended"
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(how)
+    for child in family if how == signal.SIGKILL else []: child.kill()
+    process.wait(60)
+    psutil.wait_procs(family, timeout=20)
+    assert not [*tmp_path.glob("runs/*/*/seed-0")], "a folder that is not complete"
+    done = papermill(tmp_path / "again.ipynb", output=tmp_path / "runs", **longer)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after epoch" in (tmp_path / "again.ipynb").read_text()
+    undisturbed = papermill(tmp_path / "undisturbed.ipynb", output=tmp_path / "undisturbed", **longer)
+    assert undisturbed.returncode == 0
+    one, two = ((only_run(tmp_path / place) / "predictions.npz").read_bytes() for place in ("runs", "undisturbed"))
+    assert one == two and not [*tmp_path.glob("runs/*/*/*.partial")]
+
+
+BAD = {
+    "unknown name": (dict(labelz="hard"), "did you mean 'labels'"),
+    "unknown value": (dict(labels="sotf"), "did you mean 'soft'"),
+    "wrong type": (dict(labels=True), "labels=True"),
+    "no epochs": (dict(epochs=0), "epochs=0"),
+    "learning rate": (dict(lr=0), "lr=0"),
+    "too large a split": (dict(train_size=20_000), "larger than oracle with 10000"),
+    "unknown data": (dict(data="cifar10g"), "did you mean"),
+    "missing data": (dict(data="textures", data_root="no/such/folder"), "no official download"),
+    "unwritable": (dict(output="settings.ini"), "cannot write"),
+    "diverges": (dict(lr=1e12, warmup=0), "try a smaller lr"),
+    "complete already": ({}, "already complete and is kept"),
+}
+
+
+@pytest.mark.parametrize("parameters, message", BAD.values(), ids=BAD)
+def test_bad_input(tiny, tmp_path, parameters, message):
+    "Exit status not zero, the last lines say what to do without a traceback of ours, and nothing is left in runs/."
+    output = tiny / "runs" if not parameters else tmp_path / "runs"
+    before = sorted(tiny.rglob("*"))
+    done = papermill(tmp_path / "out.ipynb", **(TINY | dict(output=output) | parameters))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and message in last, done.stderr[-2000:]
+    assert not [*tmp_path.glob("runs/*/*/seed-0")] and sorted(tiny.rglob("*")) == before
+
+
+def test_memory_stays_under_two_gigabytes(tmp_path):
+    "A whole-size split: 8,000 training images in memory, one epoch of ResNet-8."
+    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", epochs=1, depth=8, augment=True)
+    process, peak = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        try: peak = max([peak, *(child.memory_info().rss for child in psutil.Process(process.pid).children(recursive=True))])
+        except psutil.NoSuchProcess: pass
+        time.sleep(.1)
+    assert process.returncode == 0 and 2e8 < peak < 2e9, f"{peak/1e9:.2f} GB"
+    print(f"peak {peak/1e9:.2f} GB")
+
+
+def test_real_images(real_data, tmp_path):
+    "CIFAR-10H, hard and soft: same split, same initial weights, the same bytes twice, and the figures of the data set."
+    env, few = dict(SOFT_CIFAR_DATA=str(real_data)), dict(method="basic", epochs=2, train_size=1000, depth=8)
+    folders = {}
+    for name, labels in (("soft", "soft"), ("again", "soft"), ("hard", "hard")):
+        done = papermill(tmp_path / f"{name}.ipynb", env=env, labels=labels, output=tmp_path / name, **few)
+        assert done.returncode == 0, done.stderr[-3000:]
+        folders[name] = only_run(tmp_path / name)
+    files = {name: (folder / "predictions.npz").read_bytes() for name, folder in folders.items()}
+    assert files["soft"] == files["again"] != files["hard"]
+    soft, hard = (np.load(folders[name] / "predictions.npz") for name in ("soft", "hard"))
+    assert all(np.array_equal(soft[key], hard[key]) for key in ("index", "labels", "gold", "counts", "ood_index"))
+    assert len(soft["index"]) == len(soft["ood_index"]) == 1500 and (soft["labels"] == soft["gold"]).mean() > .98
+
+
+def test_cifar10h_is_what_the_paper_describes(real_data):
+    from soft_cifar import data, metrics
+    images = data.load("cifar10h", real_data)
+    votes, probs = images.counts.sum(1), images.probs
+    assert (len(images), int(votes.sum()), int(votes.min()), int(votes.max())) == (10_000, 511_000, 47, 63)
+    assert round(metrics.entropy(probs).mean().item(), 4) == .1545 and int((probs.amax(1) == 1).sum()) == 4393
+    first, second = images.counts.topk(2, 1).values.unbind(1)
+    assert (first == second).nonzero()[:, 0].tolist() == [7493, 9246, 9386]
+    assert int(metrics.definite_second(images.counts).sum()) == 4730 and int(metrics.definite_second(images.counts, 2).sum()) == 2374
+    assert int((probs.amax(1) <= .5).sum()) == 74 and round((images.majority == images.labels).double().mean().item(), 4) == .9921
