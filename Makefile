@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 
 demo: $(READY)            ## one experiment on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
-	$(BIN)/papermill nbs/train.ipynb demo/train.ipynb --no-progress-bar --log-output -p preset demo -p output demo/runs
+	$(BIN)/papermill nbs/train.ipynb demo/train.ipynb -p preset demo -p output demo/runs
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to html demo/train.ipynb
 	@echo "Done. Open demo/train.html in a browser."
 

@@ -8,12 +8,12 @@ __all__ = ['prepare', 'main']
 # %% ../nbs/60_cli.ipynb #d5d01119
 import argparse, sys
 from . import data
-from .checks import StudyError
+from .checks import StudyError, shown
 
 # %% ../nbs/60_cli.ipynb #b74a4348
 def prepare(arguments) -> None:
     "Load each named set and say where it is and what it holds."
-    for name in arguments.names: print(f"{data.load(name, arguments.root)}   in {data.data_root(arguments.root)}", flush=True)
+    for name in arguments.names: print(f"{data.load(name, arguments.root)}   in {shown(data.data_root(arguments.root))}", flush=True)
 
 def main(words=None) -> None:
     "The `soft-cifar` command. Bad input ends in its message and exit status 1."

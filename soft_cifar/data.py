@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from . import oracle
-from .checks import DataError, InputError, number, one_of, project_path
+from .checks import DataError, InputError, number, one_of, project_path, shown
 
 # %% ../nbs/02_data.ipynb #c723ccad
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -79,6 +79,11 @@ class ImageSet:
         "The images as float32 in [0,1], [N,3,32,32]: what a network sees."
         return self.images.to(device).permute(0, 3, 1, 2).float().div(255)
 
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        "Mean and standard deviation of each channel over all pixels in [0,1], [3] each: what a network normalises by."
+        pixels = self.images.double().div(255)
+        return pixels.mean((0, 1, 2)), pixels.std((0, 1, 2), correction=0)
+
 # %% ../nbs/02_data.ipynb #6dd1e4f3
 VOTES_SHA256 = "e3a314fdecb1f8aeb680f50fde8682d83065d5191d8fc76f0bdc86333bd7fefe"   # of CIFAR-10H's counts, int64 [10000,10], row by row
 
@@ -96,7 +101,7 @@ def write_archive(image_set:ImageSet, root=None, **meta) -> Path:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             np.savez_compressed(file, meta=json.dumps(meta), **arrays)
         os.replace(file.name, path)
-    except OSError as error: raise DataError(f"cannot write {path} ({error.strerror}): free some space, or name a folder you can write to with $SOFT_CIFAR_DATA")
+    except OSError as error: raise DataError(f"cannot write {shown(path)} ({error.strerror}): free some space, or name a folder you can write to with $SOFT_CIFAR_DATA")
     return path
 
 def read_archive(path:Path) -> ImageSet:
@@ -108,10 +113,10 @@ def read_archive(path:Path) -> ImageSet:
             meta = json.loads(str(archive["meta"]))
             encoding, classes = meta["encoding"], tuple(meta.get("classes", CIFAR10))
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged or not a prepared archive ({type(error).__name__}: {error}). {mend}") from None
+        raise DataError(f"{shown(path)} is damaged or not a prepared archive ({type(error).__name__}: {error}). {mend}") from None
     image_set = ImageSet(path.stem, **arrays, encoding=encoding, classes=classes)
-    if meta.get("fingerprint", image_set.fingerprint) != image_set.fingerprint: raise DataError(f"{path} was changed after it was written: its fingerprint does not match. {mend}")
-    if path.stem == "cifar10h" and len(image_set) == 10_000: check_votes(image_set.counts, path)
+    if meta.get("fingerprint", image_set.fingerprint) != image_set.fingerprint: raise DataError(f"{shown(path)} was changed after it was written: its fingerprint does not match. {mend}")
+    if path.stem == "cifar10h" and len(image_set) == 10_000: check_votes(image_set.counts, shown(path))
     return image_set
 
 def check_votes(counts:Tensor|None, where) -> None:
@@ -128,7 +133,7 @@ def build_cifar10h(folder:Path) -> dict:
     test = CIFAR10(folder, train=False, download=True)
     utils.download_url(VOTES_URL, str(folder), "cifar10h-counts.npy")
     counts = torch.from_numpy(np.load(folder / "cifar10h-counts.npy", allow_pickle=False).astype(np.int64))
-    check_votes(counts, folder / "cifar10h-counts.npy")
+    check_votes(counts, shown(folder / "cifar10h-counts.npy"))
     return dict(images=torch.from_numpy(test.data), labels=torch.tensor(test.targets), counts=counts)
 
 def build_cifar10(folder:Path) -> dict:
@@ -162,7 +167,7 @@ def load(name:str, root=None, download:bool=True) -> ImageSet:
     path = data_root(root) / f"{name}.npz"
     if path.is_file(): return read_archive(path)
     one_of("data", name, ["oracle", "oracle_ood", *OFFICIAL, *PREPARED])
-    missing = f"{name} is not at {path}"
+    missing = f"{name} is not at {shown(path)}"
     advice = f"Put the archive there, set $SOFT_CIFAR_DATA to the folder that holds it, or use the embedded set: data='oracle'"
     if name not in OFFICIAL: raise DataError(f"{missing}, and there is no official download for it. {advice}")
     if not download: raise DataError(f"{missing}. To prepare it: soft-cifar data {name}. {advice}")

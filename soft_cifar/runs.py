@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, psutil, torch
 from . import labels as label_sources, models
-from .checks import DataError, InputError, boolean, number, one_of, project_path
+from .checks import DataError, InputError, boolean, number, one_of, project_path, shown
 
 # %% ../nbs/40_runs.ipynb #46e9138a
 def among(valid): return lambda name, value: one_of(name, value, valid() if callable(valid) else valid)
@@ -153,11 +153,11 @@ def partial_folder(run:Run) -> Path:
 
 def begin(run:Run) -> Path:
     "Make sure that `run` can be saved when it ends, and return its `partial_folder`. Raises `DataError` if it is complete already or cannot be written."
-    if run.folder.exists(): raise DataError(f"{run.folder} is already complete and is kept: delete the folder to run it again, or change seed, study or output")
+    if run.folder.exists(): raise DataError(f"{shown(run.folder)} is already complete and is kept: delete the folder to run it again, or change seed, study or output")
     try:
         partial_folder(run).mkdir(parents=True, exist_ok=True)
         (partial_folder(run) / "parameters.json").write_text(json.dumps(asdict(run), indent=1))
-    except OSError as error: raise DataError(f"cannot write to {partial_folder(run)} ({error.strerror}): choose another folder with output=...") from None
+    except OSError as error: raise DataError(f"cannot write to {shown(partial_folder(run))} ({error.strerror}): choose another folder with output=...") from None
     return partial_folder(run)
 
 def executed_notebook() -> Path|None:
@@ -186,8 +186,8 @@ def save(run:Run, record:dict, predictions:dict, history:list[dict]) -> Path:
         os.rename(temporary, run.folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if run.folder.exists(): raise DataError(f"{run.folder} was completed by another process meanwhile and is kept") from None
-        raise DataError(f"cannot write {run.folder} ({error.strerror}): nothing is lost, the checkpoint stays in {partial_folder(run)}; make room and run again") from None
+        if run.folder.exists(): raise DataError(f"{shown(run.folder)} was completed by another process meanwhile and is kept") from None
+        raise DataError(f"cannot write {shown(run.folder)} ({error.strerror}): nothing is lost, the checkpoint stays in {shown(partial_folder(run))}; make room and run again") from None
     shutil.rmtree(partial_folder(run), ignore_errors=True)
     return run.folder
 
@@ -198,5 +198,5 @@ def load(folder) -> tuple[dict, dict, list[dict]]:
         record = json.loads((folder / "metrics.json").read_text())
         with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: torch.from_numpy(z[k]) for k in z}
         with open(folder / "history.csv", newline="") as file: history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    except Exception as error: raise DataError(f"{folder} is no complete run ({type(error).__name__}: {error}): move it away and run it again") from None
+    except Exception as error: raise DataError(f"{shown(folder)} is no complete run ({type(error).__name__}: {error}): move it away and run it again") from None
     return record, predictions, history

@@ -40,26 +40,26 @@ def batches(pixels:Tensor, source, run:Run, generator:torch.Generator):
 class Progress:
     "Shows a training run in about `lines` lines; called with the history after each epoch."
     def __init__(self, epochs:int, lines:int=12):
-        self.epochs, self.every, self.text, self.handle, self.shown = epochs, math.ceil(epochs / lines), "", None, 0.
-        self.start = time.perf_counter()
-        try: self.live = hasattr(get_ipython(), "kernel")   # a notebook, not a terminal
+        self.epochs, self.every, self.handle, self.shown = epochs, math.ceil(epochs / lines), None, 0.
+        try: self.live = hasattr(get_ipython(), "kernel")   # a notebook, not a terminal or a script
         except NameError: self.live = False
 
     def __call__(self, history:list[dict]) -> None:
-        row, here = history[-1], time.perf_counter()
-        best = min(history, key=lambda r: r["validation_loss"])["epoch"]
-        left = sum(r["seconds"] for r in history) / len(history) * (self.epochs - row["epoch"])
-        line = (f"epoch {row['epoch']:>3}/{self.epochs}  lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  validation {row['validation_loss']:.3f} "
-                f"(best at {best})  accuracy {row['validation_accuracy']:.3f}  {row['seconds']:.1f} s, {duration(left)} left\n")
-        keep = row["epoch"] % self.every == 0 or row["epoch"] in (1, self.epochs)
-        if not self.live: print(line, end="", flush=True) if keep else None
-        elif keep or here - self.shown > .5:
-            from IPython.display import display
-            shown = {"text/plain": self.text + line}
-            if self.handle: self.handle.update(shown, raw=True)
-            else: self.handle = display(shown, raw=True, display_id=True)
-            self.shown = here
-        if keep: self.text += line
+        row, spent = history[-1], sum(row["seconds"] for row in history)
+        best, done = min(history, key=lambda r: r["validation_loss"])["epoch"], row["epoch"] == self.epochs
+        ahead = spent / len(history) * (self.epochs - row["epoch"])
+        if self.live and (done or time.perf_counter() - self.shown > .5):
+            self.show(f"{self.epochs} epochs in {duration(spent)}, weights of epoch {best} kept" if done else f"epoch {row['epoch']} of {self.epochs}, {duration(ahead)} left")
+        if done or row["epoch"] == 1 or row["epoch"] % self.every == 0: print(
+            f"epoch {row['epoch']:>3}/{self.epochs}  lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  validation {row['validation_loss']:.3f} "
+            f"(best at {best})  accuracy {row['validation_accuracy']:.3f}  {row['seconds']:.1f} s, {duration(ahead)} left", flush=True)
+
+    def show(self, line:str) -> None:
+        "Put `line` where the last one stood."
+        from IPython.display import display
+        if self.handle: self.handle.update({"text/plain": line}, raw=True)
+        else: self.handle = display({"text/plain": line}, raw=True, display_id=True)
+        self.shown = time.perf_counter()
 
 def duration(seconds:float) -> str:
     "Seconds in words: `42 s`, `7 min`, `2 h 05 min`."
@@ -70,6 +70,7 @@ def duration(seconds:float) -> str:
 def train_epoch(classifier, optimiser, pixels:Tensor, source, run:Run, epoch:int) -> float:
     "Train `classifier` for one epoch (from 0); returns the mean loss, in nats per image."
     classifier.train(); classifier.start_epoch()
+    torch.manual_seed(run.seed * 1_000_003 + epoch)   # for methods that draw at random
     steps, total = math.ceil(len(pixels) / run.batch_size), torch.zeros((), device=pixels.device)
     for step, (x, y) in enumerate(batches(pixels, source, run, epoch_generator(run, epoch))):
         optimiser.param_groups[0]["lr"] = learning_rate(run, epoch, step, steps)
@@ -107,9 +108,9 @@ def read_checkpoint(path:Path, wanted:dict, device) -> dict|None:
     "The state saved at `path` if it is whole and its identity is `wanted`, else None."
     try: state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError: return None
-    except Exception as error: print(f"{path} is damaged ({type(error).__name__}): starting over"); return None
+    except Exception as error: print(f"the checkpoint is damaged ({type(error).__name__}): starting over"); return None
     if state["identity"] == wanted: return state
-    print(f"{path} belongs to other parameters or data: starting over"); return None
+    print("the checkpoint belongs to other parameters or data: starting over"); return None
 
 # %% ../nbs/31_training.ipynb #15babb05
 class Diverged(StudyError, ArithmeticError):
@@ -150,6 +151,7 @@ def fit(
             written = time.perf_counter()
         progress(history)
     classifier.load_state_dict(best)
+    classifier.eval().finish(pixels)
     return history
 
 # %% ../nbs/31_training.ipynb #783f5d51

@@ -47,6 +47,9 @@ class Classifier(nn.Module):
     def start_epoch(self) -> None:
         "Called before each epoch's first step."
 
+    def finish(self, pixels:Tensor) -> None:
+        "Called once after training, with the weights that are kept and all training images [N,3,32,32], not augmented."
+
     def predict(self, x:Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "(`log_probs(x)`, `scores(x)`) from one pass."
         logits = self(x)
