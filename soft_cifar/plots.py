@@ -47,16 +47,6 @@ def disputed_to_unanimous(image_set:ImageSet, n:int) -> Tensor:
     order = metrics.entropy(people(image_set)).argsort(descending=True, stable=True)
     return order[(torch.linspace(0, 1, n).square() * (len(order) - 1)).long()]
 
-def vote_bars(ax, classes, *shares:Tensor) -> None:
-    "The leading four classes as horizontal bars: one colour for each of the distributions `shares` [K], people first."
-    leading = torch.stack(shares).amax(0).argsort(descending=True)[:4]
-    height = .8 / len(shares)
-    for j, (share, color) in enumerate(zip(shares, (HUMAN, MODEL))):
-        ax.barh([i + j * height for i in range(4)], share[leading], height, color=color, alpha=.85)
-    for i, k in enumerate(leading):
-        if max(share[k] for share in shares) >= .005: ax.text(.02, i + .4 * (1 - 1 / len(shares)), classes[k], va="center", fontsize=7.5)
-    ax.set(xlim=(0, 1), ylim=(3.8, -.6))
-
 # %% ../nbs/51_plots.ipynb #bd523658
 def learning_curves(history:list[dict]) -> Figure:
     "Training and validation loss by epoch, with the epoch whose weights were kept, and validation accuracy."
