@@ -24,6 +24,7 @@ notebooks: $(READY)       ## after an edit: export the module, run the lessons, 
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-prompt --TagRemovePreprocessor.remove_input_tags=hide \
 	    --NbConvertApp.output_files_dir=report/readme --output-dir . --output README nbs/index.ipynb
+	sed -i.bak 's/!\[png\]/![Reliability diagrams of a network trained on soft and on hard labels, and their distance to people]/' README.md && rm README.md.bak
 
 clean:                    ## the environment, the demo and caches; runs, reports and data stay
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache
@@ -33,4 +34,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "soft_cifar needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,oracles]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1
 	@touch $@

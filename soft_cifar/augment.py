@@ -138,7 +138,8 @@ def augment(x, generator):
     random resized crop (area .8 to 1, ratio .8 to 1.2), each image with its own draws. `generator` lives on the device of `x`.
     Raises `InputError` for any other `x`."""
     chunk = 2048 if check_images(x, 3).is_cuda else 256                  # bounds the memory; what fills a GPU, what fits a CPU's cache
-    return torch.cat([augment_chunk(part, generator) for part in x.split(chunk)])
+    parts = [augment_chunk(part, generator) for part in x.split(chunk)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 def augment_chunk(x, generator):
     "`augment` for one chunk."

@@ -47,8 +47,8 @@ def draw_scenes(n:int, generator:torch.Generator) -> Scene:
     "`n` scenes, independent of each other and of the latent numbers."
     def uniform(low, high, *k): return low + (high - low) * torch.rand(n, *k, generator=generator, dtype=torch.float64)
     def sign(*k): return uniform(-1, 1, *k).sign()
-    return Scene(phase=uniform(0, 2 * math.pi, 4), tilt=uniform(-math.pi / 12, math.pi / 12), cycles=uniform(1.8, 2.2),
-                 base=uniform(-.7, .7, 3), contrast=uniform(.3, 1, 3) * sign(3), light=uniform(-.15, .15, 2),
+    return Scene(phase=uniform(0, 2 * math.pi, 4), tilt=uniform(-math.pi / 12, math.pi / 12), cycles=uniform(2.5, 3),
+                 base=uniform(-.7, .7, 3), contrast=uniform(.5, 1, 3) * sign(3), light=uniform(-.15, .15, 2),
                  centre=uniform(-.25, .25, 2), twist=torch.zeros(n, dtype=torch.float64))
 
 # %% ../nbs/01_oracle.ipynb #2bfb8684
@@ -65,8 +65,8 @@ def render_part(latent:Tensor, scene:Scene) -> Tensor:
     return ((base + contrast * g[..., None] + shade[..., None]).sigmoid() * 255).round().to(torch.uint8)
 
 def render(latent:Tensor, scene:Scene) -> Tensor:
-    "Images uint8 [N,32,32,3] of `latent` [N,2] in `scene`, 500 at a time. Deterministic."
-    parts = zip(latent.split(500), *(t.split(500) for t in scene))
+    "Images uint8 [N,32,32,3] of `latent` [N,2] in `scene`, a hundred at a time (fits the cache). Deterministic."
+    parts = zip(latent.split(100), *(t.split(100) for t in scene))
     return torch.cat([render_part(z, Scene(*s)) for z, *s in parts])
 
 # %% ../nbs/01_oracle.ipynb #be7f2a6d

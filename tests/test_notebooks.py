@@ -1,6 +1,7 @@
 """Every lesson runs, top to bottom, in a fresh process; what is generated is up to date; what papermill needs is there."""
 import ast
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -61,16 +62,14 @@ def test_no_error_outputs_and_nothing_skipped():
 
 
 def test_imports_point_down():
-    "A module imports only from floors below its own; the floors are those of the house in index.ipynb."
-    floors = [["checks"], ["oracle", "losses", "metrics", "models.resnet", "augment"], ["data", "models"], ["labels", "attacks"], ["runs"], ["training", "plots"], ["evaluation", "cli"]]
-    floor = {f"soft_cifar.{name}": level for level, names in enumerate(floors) for name in names}
-    for notebook in LESSONS:
-        exported = [cell for cell in source(notebook) if "#| export" in cell]
-        [name] = [cell.split("default_exp")[1].strip() for cell in source(notebook) if "default_exp" in cell] or [None]
-        if name is None: continue
-        name = "soft_cifar." + name.removesuffix(".__init__")
-        assert name in floor, f"{name} has no floor: add it to this test and to the table in index.ipynb"
-        for node in [n for cell in exported for n in ast.walk(ast.parse(cell)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("soft_cifar")]:
-            targets = [node.module] if node.module in floor else [f"{node.module}.{alias.name}" for alias in node.names]
-            for target in targets:
-                if target != "soft_cifar.__version__": assert floor[target] < floor[name], f"{name} imports {target} from its own floor or above"
+    "A module imports only from floors below its own; the floors are those of the table in index.ipynb, which names every lesson."
+    text = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text())["cells"])
+    floor_of = {name: int(row[1]) for row in re.finditer(r"^\| (\d) \| ([^|]*) \|", text, re.M) for name in re.findall(r"`(\d\d_\w+)`", row[2])}
+    assert set(floor_of) == {path.stem for path in LESSONS} - {"index"}, "the table in index.ipynb names other notebooks than there are"
+    module_of = {path.stem: "soft_cifar." + re.search(r"default_exp (\S+)", "\n".join(source(path)))[1].removesuffix(".__init__") for path in LESSONS if path.stem != "index"}
+    floor = {module: floor_of[stem] for stem, module in module_of.items()}
+    for path in (path for path in LESSONS if path.stem != "index"):
+        exported = ast.parse("\n".join(cell for cell in source(path) if "#| export" in cell))
+        for node in (n for n in ast.walk(exported) if isinstance(n, ast.ImportFrom) and n.module.split(".")[0] == "soft_cifar"):
+            for target in [node.module] if node.module in floor else [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]:
+                assert floor[target] < floor[module_of[path.stem]], f"{path.stem} imports {target} from its own floor or above"

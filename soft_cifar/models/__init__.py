@@ -33,9 +33,13 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         self.network = ResNet(depth, classes)
 
+    def features(self, x:Tensor) -> Tensor:
+        "The network's pooled features [B,64]."
+        return self.network.features((x - self.mean) / self.std)
+
     def forward(self, x:Tensor) -> Tensor:
         "Logits [B,K]."
-        return self.network((x - self.mean) / self.std)
+        return self.network.head(self.features(x))
 
     def loss(self, x:Tensor, y:Tensor) -> Tensor:
         "What training minimises, for targets `y` [B,K]: a scalar."

@@ -16,10 +16,10 @@ def conv_bn(inputs:int, outputs:int, size:int, stride:int=1) -> nn.Sequential:
 
 class Block(nn.Module):
     "The basic residual block with projection shortcut (He et al. 2016, option B)."
-    def __init__(self, inputs:int, outputs:int, stride:int, activation):
+    def __init__(self, inputs:int, outputs:int, stride:int):
         super().__init__()
-        self.first, self.middle = conv_bn(inputs, outputs, 3, stride), activation()
-        self.second, self.last = conv_bn(outputs, outputs, 3), activation()
+        self.first, self.middle = conv_bn(inputs, outputs, 3, stride), nn.ReLU()
+        self.second, self.last = conv_bn(outputs, outputs, 3), nn.ReLU()
         self.shortcut = nn.Identity() if inputs == outputs and stride == 1 else conv_bn(inputs, outputs, 1, stride)
 
     def forward(self, x): return self.last(self.second(self.middle(self.first(x))) + self.shortcut(x))
@@ -28,18 +28,17 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     "ResNet for 32x32 images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless depth = 6n + 2."
     def __init__(self,
-        depth:int=20,        # 8, 14, 20, 32, 44, 56, 98, 110, ...
+        depth:int=20,    # 8, 14, 20, 32, 44, 56, 98, 110, ...
         classes:int=10,
-        activation=nn.ReLU,  # called without arguments once for each of the 1 + 6n activations
     ):
         super().__init__()
         if depth < 8 or (depth - 2) % 6: raise InputError(f"depth={depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, 32, 44, 56, 98 or 110, say")
         n, width = (depth - 2) // 6, 16
-        layers = [conv_bn(3, width, 3), activation()]
+        layers = [conv_bn(3, width, 3), nn.ReLU()]
         for stage in range(3):
             for block in range(n):
                 outputs, stride = 16 * 2**stage, 2 if stage and not block else 1
-                layers.append(Block(width, outputs, stride, activation)); width = outputs
+                layers.append(Block(width, outputs, stride)); width = outputs
         self.body, self.head = nn.Sequential(*layers), nn.Linear(width, classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
