@@ -113,7 +113,8 @@ def features(classifier, pixels:Tensor) -> Tensor:
 
 def attack(classifier, pixels:Tensor, labels:Tensor, run:Run) -> dict[str, Tensor]:
     "The images after each attack that `run` asks for, by its name: `fgsm`, and `pgd` if pgd_steps > 0."
-    parts = [*zip(pixels.split(500), labels.split(500))]
+    batch = 500 if pixels.is_cuda else 25     # ten samples of 25 images, with gradients, stay below the memory of training
+    parts = [*zip(pixels.split(batch), labels.split(batch))]
     made = dict(fgsm=[attacks.fgsm(classifier, x, y, run.fgsm_eps, run.attack_samples) for x, y in parts])
     if run.pgd_steps: made["pgd"] = [attacks.pgd(classifier, x, y, run.pgd_eps, run.pgd_eps / 4, run.pgd_steps, run.attack_samples) for x, y in parts]
     return {name: torch.cat(images) for name, images in made.items()}
