@@ -55,6 +55,7 @@ def draw_scenes(n:int, generator:torch.Generator) -> Scene:
 SIDE = (torch.arange(32, dtype=torch.float64) - 15.5) / 32                              # pixel centres, image widths from the middle
 
 def render_part(latent:Tensor, scene:Scene) -> Tensor:
+    "Images uint8 [N,32,32,3] of `latent` [N,2] in `scene`; takes about 150 kB an image."
     phase, tilt, cycles, base, contrast, light, centre, twist = (t[:, None, None] for t in scene)
     dx, dy = SIDE[None, None] - centre[..., 0], SIDE[None, :, None] - centre[..., 1]
     angle = tilt + twist * torch.hypot(dx, dy)
@@ -65,7 +66,7 @@ def render_part(latent:Tensor, scene:Scene) -> Tensor:
     return ((base + contrast * g[..., None] + shade[..., None]).sigmoid() * 255).round().to(torch.uint8)
 
 def render(latent:Tensor, scene:Scene) -> Tensor:
-    "Images uint8 [N,32,32,3] of `latent` [N,2] in `scene`, a hundred at a time (fits the cache). Deterministic."
+    "Images uint8 [N,32,32,3] of `latent` [N,2] in `scene`, a hundred at a time: their waves fit the cache. Deterministic."
     parts = zip(latent.split(100), *(t.split(100) for t in scene))
     return torch.cat([render_part(z, Scene(*s)) for z, *s in parts])
 

@@ -96,7 +96,7 @@ def sgd(classifier, run:Run) -> torch.optim.SGD:
 # %% ../nbs/31_training.ipynb #4372ee79
 def identity(run:Run, train:ImageSet) -> dict:
     "What a checkpoint must share with a run to continue it: all parameters, the very images and votes, and PyTorch's version."
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run).items()} | dict(fingerprint=train.fingerprint, torch=torch.__version__)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run).items()} | dict(fingerprint=train.fingerprint, torch=str(torch.__version__))
 
 def write_checkpoint(path:Path, state:dict) -> None:
     "Write `state` to `path`, atomically."
