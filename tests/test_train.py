@@ -156,3 +156,9 @@ def test_cifar10h_is_what_the_paper_describes(real_data):
     assert (first == second).nonzero()[:, 0].tolist() == [7493, 9246, 9386]
     assert int(metrics.definite_second(images.counts).sum()) == 4730 and int(metrics.definite_second(images.counts, 2).sum()) == 2374
     assert int((probs.amax(1) <= .5).sum()) == 74 and round((images.majority == images.labels).double().mean().item(), 4) == .9921
+
+
+def test_explore(tmp_path):
+    "The notebook to look around in, on the embedded set."
+    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/explore.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "name", "oracle"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
