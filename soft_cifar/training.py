@@ -167,7 +167,7 @@ def plan(run:Run) -> str:
         loss.backward(); optimiser.step(); loss.item()
         times.append(time.perf_counter() - start)
     seconds = min(times[1:]) * steps * run.epochs
-    where = f"{torch.cuda.get_device_name()}" if device.type == "cuda" else f"the CPU with {torch.get_num_threads()} threads (no GPU)" if run.device == "auto" else "the CPU"
+    where = f"{torch.cuda.get_device_name()}" if device.type == "cuda" else f"the CPU (no GPU; threads: {torch.get_num_threads()})" if run.device == "auto" else "the CPU"
     advice = "" if seconds < 1200 else ". For a first look in minutes: preset='demo'"
     return (f"{run.method} on {run.labels} labels of {run.data}, mix {run.mix}, augmentation {'on' if run.augment else 'off'}: {run.epochs} epochs of {run.train_size:,} images "
             f"on {where}, about {duration(seconds)}{advice}")

@@ -58,6 +58,18 @@ def test_metrics_come_again_from_predictions(tiny):
     assert evaluation.measure(predictions) == {k: v for k, v in record["metrics"].items() if k != "kl_posterior"}
 
 
+def test_dropout(tmp_path):
+    "A method that draws at random trains, is measured with its own score, and predicts the same twice."
+    folders = []
+    for place in ("one", "two"):
+        done = papermill(tmp_path / f"{place}.ipynb", method="dropout", output=tmp_path / place, **(TINY | dict(epochs=2)))
+        assert done.returncode == 0, done.stderr[-3000:]
+        folders.append(only_run(tmp_path / place))
+    metrics = runs.load(folders[0])[0]["metrics"]
+    assert 0 <= metrics["auroc_mutual_information"] <= 1 and metrics["resampling_flips"] > 0
+    assert (folders[0] / "predictions.npz").read_bytes() == (folders[1] / "predictions.npz").read_bytes()
+
+
 def test_same_run_same_bytes_from_another_folder(tiny, tmp_path):
     done = papermill(tmp_path / "out.ipynb", cwd=tmp_path, output=tmp_path / "runs", **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
