@@ -91,7 +91,9 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_killed_run_resumes_to_the_same_numbers(undisturbed, tmp_path, how):
-    process = subprocess.Popen(command(tmp_path / "out.ipynb", output=tmp_path / "runs", **LONGER), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", **LONGER)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a job in the background of a script inherits a deaf ear for Ctrl-C
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
     checkpoint, deadline = lambda: [*tmp_path.glob("runs/*/*/seed-0.partial/checkpoint.pt")], time.time() + 300
     while not checkpoint() and process.poll() is None and time.time() < deadline: time.sleep(.05)
     assert checkpoint(), "no checkpoint before the run ended"
