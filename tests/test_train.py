@@ -58,15 +58,16 @@ def test_metrics_come_again_from_predictions(tiny):
     assert evaluation.measure(predictions) == {k: v for k, v in record["metrics"].items() if k != "kl_posterior"}
 
 
-def test_dropout(tmp_path):
-    "A method that draws at random trains, is measured with its own score, and predicts the same twice."
+@pytest.mark.parametrize("method, score", [("dropout", "mutual_information"), ("sngp", "gp_variance"), ("duq", "max_kernel")])
+def test_methods(tmp_path, method, score):
+    "Every method trains, is measured with its own score, and predicts the same twice."
     folders = []
     for place in ("one", "two"):
-        done = papermill(tmp_path / f"{place}.ipynb", method="dropout", output=tmp_path / place, **(TINY | dict(epochs=2)))
+        done = papermill(tmp_path / f"{place}.ipynb", method=method, output=tmp_path / place, **(TINY | dict(epochs=2)))
         assert done.returncode == 0, done.stderr[-3000:]
         folders.append(only_run(tmp_path / place))
     metrics = runs.load(folders[0])[0]["metrics"]
-    assert 0 <= metrics["auroc_mutual_information"] <= 1 and metrics["resampling_flips"] > 0
+    assert 0 <= metrics[f"auroc_{score}"] <= 1 and (metrics["resampling_flips"] > 0) == (method == "dropout")
     assert (folders[0] / "predictions.npz").read_bytes() == (folders[1] / "predictions.npz").read_bytes()
 
 
