@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'among', 'whole', 'real', 'as_is', 'text', 'label', 'epochs_list', 'companions', 'parameter',
-           'Run', 'provenance', 'partial_folder', 'begin', 'executed_notebook', 'save', 'load']
+           'buildable', 'Run', 'provenance', 'partial_folder', 'begin', 'executed_notebook', 'digest', 'checksum',
+           'save', 'load']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
-import csv, json, math, os, platform, shutil, subprocess
+import csv, functools, hashlib, json, math, os, platform, shutil, subprocess
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,11 @@ MIXES = ("none", "mixup", "cutmix")
 
 # %% ../nbs/40_runs.ipynb #b7c1d60b
 def parameter(default, check, **metadata): return field(default=default, metadata=dict(check=check, **metadata))
+
+@functools.cache
+def buildable(method:str, **parameters) -> None:
+    "Raises the `InputError` of a classifier that cannot be made."
+    models.create(method, **parameters)
 
 @dataclass(frozen=True)
 class Run:
@@ -117,7 +123,7 @@ class Run:
             if f.metadata["check"] is as_is and f.name not in self.model and getattr(self, f.name) != f.default: raise InputError(
                 f"{f.name}={getattr(self, f.name)!r} has no effect on method {self.method!r}: leave it out, or choose a method that takes it "
                 f"({', '.join(m for m in models.methods() if f.name in models.parameters_of(m))})")
-        models.create(self.method, **self.model)
+        buildable(self.method, **self.model)
 
     @classmethod
     def of(cls, parameters:dict) -> "Run":
@@ -184,8 +190,9 @@ def begin(run:Run) -> Path:
     return partial_folder(run)
 
 def executed_notebook() -> Path|None:
-    """The file that papermill is writing for the notebook this kernel runs; None when nobody is. A kernel is not told, but the command line
-    of its parent process says it: papermill INPUT OUTPUT ..."""
+    """The file that papermill is writing for the notebook this kernel runs; None when nobody is. A study says it in $SOFT_CIFAR_NOTEBOOK; from a shell,
+    the command line of the kernel's parent process does: papermill INPUT OUTPUT ..."""
+    if os.environ.get("SOFT_CIFAR_NOTEBOOK"): return Path(os.environ["SOFT_CIFAR_NOTEBOOK"])
     try:
         parent = psutil.Process(os.getppid())
         command = parent.cmdline()
@@ -194,17 +201,26 @@ def executed_notebook() -> Path|None:
     except (psutil.Error, IndexError): return None
     return output if output.is_file() else None
 
+def digest(content:bytes) -> str: return hashlib.sha256(content).hexdigest()
+
+def checksum(record:dict) -> str:
+    "sha256 of `record` [JSON], without the checksum in it."
+    return digest(json.dumps({k: v for k, v in record.items() if k != "checksum"}, sort_keys=True).encode())
+
 def save(run:Run, record:dict, predictions:dict, history:list[dict]) -> Path:
     """Write the complete folder of `run`, then remove what was partial. `record` joins parameters and provenance in `metrics.json`, `predictions`
-    (name -> tensor) become `predictions.npz`, `history` (a row per epoch) `history.csv`. Returns the folder. Raises `DataError` if it cannot."""
+    (name -> tensor) become `predictions.npz`, `history` (a row per epoch) `history.csv`; checksums tell later whether they are as they were. Returns the
+    folder. Raises `DataError` if it cannot."""
     temporary = run.folder.with_name(f"{run.folder.name}.{os.getpid()}.tmp")
     finite = lambda x: {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        (temporary / "metrics.json").write_text(json.dumps(finite(dict(parameters=asdict(run), **provenance(), **record)), indent=1))
         np.savez_compressed(temporary / "predictions.npz", **{name: x.cpu().numpy() for name, x in predictions.items()})
         with open(temporary / "history.csv", "w", newline="") as file:
             table = csv.DictWriter(file, list(history[0])); table.writeheader(); table.writerows(history)
+        files = {name: digest((temporary / name).read_bytes()) for name in ("predictions.npz", "history.csv")}
+        whole = json.loads(json.dumps(finite(dict(parameters=asdict(run), **provenance(), **record, files=files))))
+        (temporary / "metrics.json").write_text(json.dumps(whole | dict(checksum=checksum(whole)), indent=1))
         if notebook := executed_notebook(): shutil.copyfile(notebook, temporary / "train.ipynb")
         os.rename(temporary, run.folder)
     except OSError as error:
@@ -219,6 +235,9 @@ def load(folder) -> tuple[dict, dict, list[dict]]:
     folder = project_path(folder)
     try:
         record = json.loads((folder / "metrics.json").read_text())
+        if record["checksum"] != checksum(record): raise ValueError("metrics.json is not as it was written")
+        for name, wanted in record["files"].items():
+            if digest((folder / name).read_bytes()) != wanted: raise ValueError(f"{name} is not as it was written")
         with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: torch.from_numpy(z[k]) for k in z}
         with open(folder / "history.csv", newline="") as file: history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     except Exception as error: raise DataError(f"{shown(folder)} is no complete run ({type(error).__name__}: {error}): move it away and run it again") from None
