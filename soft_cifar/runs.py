@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'among', 'whole', 'real', 'as_is', 'text', 'label', 'epochs_list', 'companions', 'parameter',
            'buildable', 'Run', 'provenance', 'partial_folder', 'begin', 'executed_notebook', 'digest', 'checksum',
-           'save', 'load']
+           'save', 'record', 'load']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
 import csv, functools, hashlib, json, math, os, platform, shutil, subprocess
@@ -119,11 +119,12 @@ class Run:
             object.__setattr__(self, f.name, f.metadata["check"](f.name, preset[f.name] if value is None and f.name in preset else value))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device='cuda', but PyTorch sees no GPU here: use device='auto' or 'cpu', or install a CUDA build of PyTorch")
+        taken = self.model
         for f in fields(self):
-            if f.metadata["check"] is as_is and f.name not in self.model and getattr(self, f.name) != f.default: raise InputError(
+            if f.metadata["check"] is as_is and f.name not in taken and getattr(self, f.name) != f.default: raise InputError(
                 f"{f.name}={getattr(self, f.name)!r} has no effect on method {self.method!r}: leave it out, or choose a method that takes it "
                 f"({', '.join(m for m in models.methods() if f.name in models.parameters_of(m))})")
-        buildable(self.method, **self.model)
+        buildable(self.method, **taken)
 
     @classmethod
     def of(cls, parameters:dict) -> "Run":
@@ -148,7 +149,7 @@ class Run:
         "The device it runs on."
         return torch.device("cuda" if self.device == "cuda" or self.device == "auto" and torch.cuda.is_available() else "cpu")
 
-    @property
+    @functools.cached_property
     def cell(self) -> str:
         "Its place in a study, without the seed: method, labels, mix, and whatever else differs from the preset."
         usual = asdict(Run(preset=self.preset, data=self.data)) | dict(data=PRESETS[self.preset]["data"])
@@ -230,15 +231,20 @@ def save(run:Run, record:dict, predictions:dict, history:list[dict]) -> Path:
     shutil.rmtree(partial_folder(run), ignore_errors=True)
     return run.folder
 
-def load(folder) -> tuple[dict, dict, list[dict]]:
-    "(record, predictions, history) of a complete run folder, as `save` took them. Raises `DataError` for one that is missing or damaged."
+def record(folder) -> dict:
+    "The `metrics.json` of a complete run folder whose files are as they were written. Raises `DataError` for one that is missing, damaged or edited."
     folder = project_path(folder)
     try:
-        record = json.loads((folder / "metrics.json").read_text())
-        if record["checksum"] != checksum(record): raise ValueError("metrics.json is not as it was written")
-        for name, wanted in record["files"].items():
+        found = json.loads((folder / "metrics.json").read_text())
+        if found["checksum"] != checksum(found): raise ValueError("metrics.json is not as it was written")
+        for name, wanted in found["files"].items():
             if digest((folder / name).read_bytes()) != wanted: raise ValueError(f"{name} is not as it was written")
-        with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: torch.from_numpy(z[k]) for k in z}
-        with open(folder / "history.csv", newline="") as file: history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     except Exception as error: raise DataError(f"{shown(folder)} is no complete run ({type(error).__name__}: {error}): move it away and run it again") from None
-    return record, predictions, history
+    return found
+
+def load(folder) -> tuple[dict, dict, list[dict]]:
+    "(record, predictions, history) of a complete run folder, as `save` took them. Raises `DataError` as `record` does."
+    found, folder = record(folder), project_path(folder)
+    with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: torch.from_numpy(z[k]) for k in z}
+    with open(folder / "history.csv", newline="") as file: history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return found, predictions, history

@@ -6,7 +6,7 @@
 __all__ = ['softmax_scores', 'Classifier', 'methods', 'parameters_of', 'create']
 
 # %% ../../nbs/21_classifier.ipynb #3a4170e6
-import importlib, inspect, pkgutil
+import functools, importlib, inspect, pkgutil
 import torch
 from torch import Tensor, nn
 from ..checks import one_of
@@ -68,6 +68,7 @@ class Classifier(nn.Module):
         return self.predict(x)[1]
 
 # %% ../../nbs/21_classifier.ipynb #b00d1869
+@functools.cache
 def methods() -> dict[str, type]:
     "Every method: `basic`, and for each module of this package the `Classifier` it defines."
     package, found = importlib.import_module("soft_cifar.models"), {"basic": Classifier}

@@ -1,0 +1,143 @@
+"""Studies as people run them: killed in the middle, on a scheduler over TCP, with a run that fails, and 150 runs in one report."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+
+from soft_cifar import data, evaluation, runs, study
+
+SMALL = """
+shared: {preset: demo, depth: 8, epochs: 12, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
+models:
+  basic: {method: basic}
+labels: [soft, hard]
+seeds: [0, 1]
+"""
+
+
+def command(*words): return [sys.executable, "-m", "soft_cifar.cli", *map(str, words)]
+def soft_cifar(*words): return subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True)
+
+
+def study_in(place, text=SMALL):
+    (place / "runs").mkdir()
+    file = place / "runs" / "small.yaml"
+    file.write_text(text)
+    return file
+
+
+def numbers(file): return {(r.cell, r.seed): (r.folder / "predictions.npz").read_bytes() for r in study.load(file).runs if r.folder.exists()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    file = study_in(tmp_path_factory.mktemp("undisturbed"))
+    done = soft_cifar("study", file, "--jobs", 2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return file
+
+
+def test_a_study_is_complete_and_its_engine_costs_little(undisturbed):
+    "Every run is there with its executed notebook; between two notebooks of a worker less than half a second passes."
+    wanted = study.load(undisturbed)
+    assert len(numbers(undisturbed)) == 4 and set(study.status(wanted).state) == {"done"}
+    assert not [p for p in undisturbed.parent.rglob("*") if p.name.endswith((".partial", ".tmp")) or p.match("seed-*.ipynb")]
+    times = []
+    for run in wanted.runs:
+        executed = json.loads((run.folder / "train.ipynb").read_text())
+        assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
+        times.append(tuple(datetime.fromisoformat(executed["metadata"]["papermill"][k]) for k in ("start_time", "end_time")))
+    times.sort()
+    gaps = [min((start - end).total_seconds() for _, end in times if end <= start) for start, _ in times[2:]]
+    print(f"engine: {max(gaps):.2f} s between two runs")
+    assert max(gaps) < .5, gaps
+    again = soft_cifar("study", undisturbed, "--jobs", 2)
+    assert again.returncode == 0 and "4 done and 0 to do" in again.stdout
+
+
+def test_killed_worker_and_killed_kernel(undisturbed, tmp_path):
+    "SIGKILL for a kernel and for a worker, in the middle: every run ends complete, none is there twice, and the numbers are those of the undisturbed study."
+    file = study_in(tmp_path)
+    process = subprocess.Popen(command("study", file, "--jobs", 2), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def kernels(): return [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    def wait_for(condition):
+        deadline = time.time() + 180
+        while time.time() < deadline and process.poll() is None:
+            try:
+                if condition(): return
+            except psutil.Error: pass
+            time.sleep(.1)
+        raise AssertionError(f"never came: {process.communicate()[0][-2000:] if process.poll() is not None else 'still running'}")
+    wait_for(lambda: [*file.parent.rglob("checkpoint.pt")])
+    victim = kernels()[0]; victim.kill()
+    wait_for(lambda: numbers(file) and len(kernels()) == 2)
+    kernels()[-1].parent().kill()
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out[-3000:]
+    assert numbers(file) == numbers(undisturbed)
+    assert sorted(p.name for p in file.parent.glob("small/*/*")) == ["seed-0", "seed-0", "seed-1", "seed-1"]
+
+
+def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
+    "Two workers of a Dask scheduler at an address: the same numbers. A run that diverges is reported with its notebook; the others are made."
+    file = study_in(tmp_path, SMALL.replace("labels:", "  wild: {method: basic, lr: 1.0e+12, warmup: 0}\nlabels:"))
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    host, port = address.removeprefix("tcp://").split(":")
+    dask = lambda *words: subprocess.Popen([sys.executable, "-m", "dask", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    everyone = [dask("scheduler", "--host", host, "--port", port, "--no-dashboard"), *(dask("worker", address, "--nthreads", "1", "--no-dashboard", "--host", host) for _ in range(2))]
+    try:
+        time.sleep(5)      # both workers have joined, so that cores are shared as in the undisturbed study
+        done = soft_cifar("study", file, "--scheduler", address, "--seeds", "0")
+    finally:
+        for process in everyone: process.terminate()
+        for process in everyone: process.wait(30)
+    assert done.returncode == 1 and "2 failed" in done.stdout, done.stdout + done.stderr
+    wanted = numbers(undisturbed)
+    assert {k: v for k, v in numbers(file).items()} == {k: v for k, v in wanted.items() if k[1] == 0}
+    said = soft_cifar("status", file)
+    assert said.stdout.count("try a smaller lr") == 2 and "seed-0.ipynb" in said.stdout and "2 done" in said.stdout and "2 failed" in said.stdout
+
+
+def test_150_runs_in_a_minute(tmp_path):
+    "The published grid, made of random predictions: gathered and reported in under 60 s and 2 GB."
+    (tmp_path / "runs").mkdir()
+    file = tmp_path / "runs" / "paper.yaml"
+    file.write_text((ROOT / "runs" / "paper.yaml").read_text())
+    rng = torch.Generator().manual_seed(0)
+    def log_probs(n): return (3 * torch.randn(n, 10, generator=rng)).log_softmax(1)
+    counts = torch.randint(1, 30, (1500, 10), generator=rng).to(torch.uint8)
+    whole = {kind: dict(fingerprint="made up", encoding="made up") for kind in ("cifar10h", "svhn")}
+    for run in study.load(file).runs:
+        p, labels = log_probs(1500), torch.randint(10, (1500,), generator=rng)
+        kept = dict(index=torch.arange(1500), labels=labels, gold=labels, log_probs=p, ood_index=torch.arange(1500), ood_log_probs=log_probs(1500), again_log_probs=p, fgsm_log_probs=log_probs(1500), counts=counts,
+                    validation_labels=labels[:500], validation_log_probs=log_probs(500), score_max_logit=torch.randn(1500, generator=rng), ood_score_max_logit=torch.randn(1500, generator=rng))
+        found = evaluation.label_metrics(p, labels, counts.long()) | dict(auroc_max_logit=.5, fgsm_drop=.1)
+        runs.save(run, dict(data=whole, parameter_count=1, seconds=dict(load=1., fit=1., evaluate=1.), metrics=found), kept, [dict(epoch=1, loss=1.)])
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command("report", file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        try: peak = max([peak, sum(p.memory_info().rss for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)])])
+        except psutil.Error: pass
+        time.sleep(.1)
+    seconds = time.perf_counter() - start
+    assert process.returncode == 0, process.stderr.read()[-3000:]
+    print(f"150 runs: {seconds:.0f} s, {peak / 1e9:.2f} GB")
+    assert seconds < 60 and 1e8 < peak < 2e9, (seconds, peak)
+    page = tmp_path / "report" / "paper"
+    assert "150 of 150 runs" in (page / "index.html").read_text() and (page / "table1.tex").read_text().count(r"\\") == 31
+    assert {"index.html", "table1.csv", "table1.md", "runs.csv", "runs.parquet", "claims.csv", "soft_minus_hard.svg", "soft_minus_hard.png"} <= {p.name for p in page.iterdir()}
+
+
+def test_report_of_nothing(tmp_path):
+    done = soft_cifar("report", study_in(tmp_path))
+    assert done.returncode == 1 and "no finished run yet" in done.stderr and "Traceback" not in done.stderr
