@@ -6,9 +6,9 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test lab notebooks clean
 
-demo: $(READY)            ## one experiment on the embedded oracle set, minutes on two cores
+demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
-	$(BIN)/papermill nbs/train.ipynb demo/train.ipynb -p preset demo -p output demo/runs
+	$(BIN)/papermill nbs/train.ipynb demo/train.ipynb -p preset demo -p method sngp -p output demo/runs
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to html demo/train.ipynb
 	@echo "Done. Open demo/train.html in a browser."
 

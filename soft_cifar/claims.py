@@ -141,16 +141,16 @@ def from_runs(table:dict[str, pd.DataFrame], metric:str, contrasts) -> Differenc
 
 # %% ../nbs/52_claims.ipynb #ecc50680
 def judge(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
-    "One row per claim: estimate, low, high, p (Holm), n, verdict and counterexamples, by `estimate`: `from_means` for a published table, `from_runs` for one `by_seed`."
+    "One row per claim: how many of its contrasts are there, estimate, low, high, p (Holm), n, verdict and counterexamples, by `estimate`: `from_means` for a published table, `from_runs` for one `by_seed`."
     rows = []
     for claim in claims:
-        whole, pairs = estimate(table, claim.metric, claim.contrasts), [(c, estimate(table, claim.metric, (c,))) for c in claim.contrasts]
-        rows.append((claim, whole, [(c, d) for c, d in pairs if d]))
+        pairs = [(c, d) for c in claim.contrasts if (d := estimate(table, claim.metric, (c,)))]
+        rows.append((claim, estimate(table, claim.metric, tuple(c for c, _ in pairs)) if pairs else None, pairs))
     p = {}
     for metric in {c.metric for c in claims}:
         family = [(claim, whole.p) for claim, whole, _ in rows if claim.metric == metric and claim.kind != "none" and whole]
         p |= dict(zip([claim for claim, _ in family], holm([value for _, value in family])))
-    return pd.DataFrame([dict(claim=claim.name, metric=claim.metric) | verdict(claim, whole, pairs, p.get(claim, math.nan)) for claim, whole, pairs in rows])
+    return pd.DataFrame([dict(claim=claim.name, metric=claim.metric, compared=len(pairs), of=len(claim.contrasts)) | verdict(claim, whole, pairs, p.get(claim, math.nan)) for claim, whole, pairs in rows])
 
 def verdict(claim:Claim, whole:Difference|None, pairs:list, p:float) -> dict:
     "The verdict on one claim from the mean over its contrasts, each contrast, and the adjusted p of the mean."

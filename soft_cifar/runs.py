@@ -67,6 +67,8 @@ class Run:
     data: str|None = parameter(None, label)
     ood: str|None = parameter(None, label)
     labels: str = parameter("soft", among(label_sources.SOURCES))
+    votes: int = parameter(5, whole(1), source=True)
+    smoothing: float = parameter(.1, real(low=0, high=1), source=True)
     test_labels: str|None = parameter(None, among(("majority", "gold")))
     train_size: int|None = parameter(None, whole(1))
     validation_size: int|None = parameter(None, whole(1))
@@ -119,12 +121,13 @@ class Run:
             object.__setattr__(self, f.name, f.metadata["check"](f.name, preset[f.name] if value is None and f.name in preset else value))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device='cuda', but PyTorch sees no GPU here: use device='auto' or 'cpu', or install a CUDA build of PyTorch")
-        taken = self.model
         for f in fields(self):
-            if f.metadata["check"] is as_is and f.name not in taken and getattr(self, f.name) != f.default: raise InputError(
-                f"{f.name}={getattr(self, f.name)!r} has no effect on method {self.method!r}: leave it out, or choose a method that takes it "
-                f"({', '.join(m for m in models.methods() if f.name in models.parameters_of(m))})")
-        buildable(self.method, **taken)
+            if getattr(self, f.name) == f.default: continue
+            for kind, chosen, belongs, known, takes in (("method", self.method, f.metadata["check"] is as_is, models.methods(), models.parameters_of),
+                                                        ("labels", self.labels, f.metadata.get("source"), label_sources.SOURCES, label_sources.parameters_of)):
+                if belongs and f.name not in takes(chosen): raise InputError(
+                    f"{f.name}={getattr(self, f.name)!r} has no effect on {kind} {chosen!r}: leave it out, or choose one that takes it ({', '.join(x for x in known if f.name in takes(x))})")
+        buildable(self.method, **self.model)
 
     @classmethod
     def of(cls, parameters:dict) -> "Run":
@@ -143,6 +146,11 @@ class Run:
     def model(self) -> dict:
         "Those of the parameters that the method's classifier takes."
         return {name: getattr(self, name) for name in models.parameters_of(self.method) if name in asdict(self)}
+
+    @property
+    def source(self) -> dict:
+        "Those of the parameters that the label source takes."
+        return {name: getattr(self, name) for name in label_sources.parameters_of(self.labels)}
 
     @property
     def on(self) -> torch.device:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'epoch_generator', 'batches', 'Progress', 'duration', 'train_epoch', 'validate', 'sgd', 'identity',
-           'write_checkpoint', 'read_checkpoint', 'Diverged', 'fit', 'plan']
+           'write_checkpoint', 'read_checkpoint', 'keep_freed_memory', 'Diverged', 'fit', 'plan']
 
 # %% ../nbs/31_training.ipynb #f2f5bbb8
-import io, math, os, time
+import ctypes, io, math, os, platform, time
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -31,6 +31,7 @@ def epoch_generator(run:Run, epoch:int) -> torch.Generator:
 def batches(pixels:Tensor, source, run:Run, generator:torch.Generator):
     "One epoch of `(x, y)`: shuffled, augmented, labelled, mixed. `pixels` float [N,3,32,32] and the label `source` lie on the run's device."
     mix = dict(mixup=augment.mixup, cutmix=augment.cutmix).get(run.mix)
+    source.start_epoch(generator)
     for index in torch.randperm(len(pixels), generator=generator, device=pixels.device).split(run.batch_size):
         x = augment.augment(pixels[index], generator) if run.augment else pixels[index]
         y = source.targets(index, x)
@@ -113,6 +114,14 @@ def read_checkpoint(path:Path, wanted:dict, device) -> dict|None:
     print("the checkpoint belongs to other parameters or data: starting over"); return None
 
 # %% ../nbs/31_training.ipynb #15babb05
+def keep_freed_memory() -> None:
+    "Let this process keep what its tensors free for the next ones, instead of returning it to the system. Does nothing where the C library is not glibc."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+    for option, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
+        if mallopt: mallopt(option, size)
+
+# %% ../nbs/31_training.ipynb #be3b4cc4
 class Diverged(StudyError, ArithmeticError):
     "Training ended in a loss that is not a number."
 
@@ -126,10 +135,11 @@ def fit(
     checkpoint_seconds:float=5.,  # at most one checkpoint in this time
 ) -> list[dict]:                  # a row per epoch: epoch, lr, train_loss, validation_loss, validation_accuracy, seconds
     "Train as `run` says and keep the weights of the lowest validation loss. Raises `Diverged` when the loss is NaN or infinite."
+    keep_freed_memory()
     device, progress = run.on, progress or Progress(run.epochs)
     classifier.to(device)
-    pixels, source = train.pixels(device), label_sources.create(run.labels, train).to(device)
-    val_pixels, val_targets = validation.pixels(device), label_sources.create(run.labels, validation).to(device).table
+    pixels, source = train.pixels(device), label_sources.create(run.labels, train, **run.source).to(device)
+    val_pixels, val_targets = validation.pixels(device), label_sources.create(run.labels, validation, **run.source).to(device).table
     optimiser, history, best = sgd(classifier, run), [], None
     path, written, wanted = folder and folder / "checkpoint.pt", time.perf_counter(), identity(run, train)
     if path and (state := read_checkpoint(path, wanted, device)):
@@ -154,7 +164,7 @@ def fit(
     classifier.eval().finish(pixels)
     return history
 
-# %% ../nbs/31_training.ipynb #783f5d51
+# %% ../nbs/31_training.ipynb #f820cc60
 def plan(run:Run) -> str:
     "One sentence: what `run` will do, on what, and how long its training takes, from the time of two steps measured now."
     device, steps = run.on, math.ceil(run.train_size / run.batch_size)
