@@ -17,7 +17,7 @@ from .data import ImageSet
 
 # %% ../nbs/51_plots.ipynb #86755098
 HUMAN, MODEL, OTHER = sns.color_palette("colorblind")[:3]
-sns.set_theme(style="ticks", palette="colorblind", font_scale=.9, rc={"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False})
+sns.set_theme(style="ticks", palette="colorblind", font_scale=.9, rc={"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False})
 
 # %% ../nbs/51_plots.ipynb #07efbaa2
 def votes_grid(image_set:ImageSet, rows:int=3, columns:int=6) -> Figure:
