@@ -125,7 +125,7 @@ def tradeoff(gathered) -> Figure:
     for ax, name, better in ((axes[0], "auroc_max_logit", "up"), (axes[1], "fgsm_drop", "down")):
         for _, c in cells.iterrows():
             ax.plot(c.accuracy, c[name], {"none": "o", "mixup": "s", "cutmix": "^"}[c.mix], color=colors[c.model], mfc=colors[c.model] if c.labels == "soft" else "none", ms=6)
-        ax.set(xlabel="accuracy", ylabel=f"{NAMES[name]} (better: {better})")
+        ax.set(xlabel="accuracy", ylabel=f"{NAMES[name]} ({better} is better)")
     named = lambda c: f"{c.model}, {c.labels}" + (f", {c.mix}" if c.mix != "none" else "")
     axes[0].set_title(f"Best detector: {named(cells.loc[cells.auroc_max_logit.idxmax()])}", fontsize=10); axes[1].set_title(f"Most robust: {named(cells.loc[cells.fgsm_drop.idxmin()])}", fontsize=10)
     handles = [plt.Line2D([], [], ls="", marker="o", color=color, label=model) for model, color in colors.items()]
@@ -165,7 +165,7 @@ def entropy_against_people(predictions:dict) -> Figure:
             there = [g for g in range(1, len(edges)) if (group == g).sum() >= 5]
             ax.plot([people[group == g].mean() for g in there], [own[group == g].mean() for g in there], "o-", color=colors[model], ms=4, label=model)
         ax.set(title=f"{labels} labels", xlabel="entropy of people's votes, nats")
-    axes[0].set_ylabel("entropy of the model, nats"); next(ax for ax in axes if len(ax.lines) > 1 or ax is axes[1]).legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("model's entropy, nats"); next(ax for ax in axes if len(ax.lines) > 1 or ax is axes[1]).legend(frameon=False, fontsize=8)
     fig.suptitle("A model that doubts as people do follows the dashed line", fontsize=11)
     return fig
 
