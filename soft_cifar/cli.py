@@ -36,7 +36,7 @@ def tell(wanted) -> None:
 
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }} h1, h2 {{ line-height: 1.2 }} img {{ max-width: 100% }} a.anchor-link {{ display: none }}
-table {{ border-collapse: collapse; font-size: .8rem; display: block; overflow-x: auto }} th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }}
+table {{ border-collapse: collapse; font-size: .8rem; display: block; overflow-x: auto }} th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; min-width: 3rem }} svg {{ max-width: 100%; height: auto }}
 </style></head><body>{body}</body></html>"""
 
 def report(arguments) -> None:

@@ -101,8 +101,10 @@ def forest(differences, bootstrap:dict|None=None) -> Figure:
     """Soft minus hard with 95% intervals, a panel per metric and a row per configuration, from `tables.soft_minus_hard`; the pooled row last, with the
     hierarchical `bootstrap` interval as a thick line behind it. Shaded is the side on which soft labels are better."""
     metrics_, rows = list(differences.metric.unique()), list(dict.fromkeys(differences.configuration))
-    fig, axes = plt.subplots(1, len(metrics_), figsize=(2.1 * len(metrics_), .9 + .24 * len(rows)), sharey=True, layout="constrained", squeeze=False)
-    for ax, name in zip(axes[0], metrics_):
+    columns = min(3, len(metrics_)); lines = -(-len(metrics_) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, .6 + lines * (.6 + .22 * len(rows))), sharey=True, layout="constrained", squeeze=False)
+    for ax in axes.flat[len(metrics_):]: ax.axis("off")
+    for ax, name in zip(axes.flat, metrics_):
         part = differences[differences.metric == name].set_index("configuration").loc[rows]
         for y, (row, d) in enumerate(part.iterrows()):
             color = "black" if row == "pooled" else HUMAN
@@ -114,7 +116,7 @@ def forest(differences, bootstrap:dict|None=None) -> Figure:
         ax.xaxis.set_major_locator(plt.MaxNLocator(3)); ax.tick_params(labelsize=8, left=False); sns.despine(ax=ax, left=True)
     pooled = differences[differences.configuration == "pooled"]
     sure = [f"{NAMES.get(d.metric, d.metric)} {d.estimate:+.3f}" for d in pooled.itertuples() if d.low > 0 or d.high < 0]
-    fig.suptitle(f"Soft labels change {', '.join(sure)}" if sure else "No metric differs beyond what seeds vary", fontsize=11)
+    fig.suptitle(f"Soft labels change {', '.join(sure[:2])}{f' and {len(sure) - 2} more' if len(sure) > 2 else ''}" if sure else "No metric differs beyond what seeds vary", fontsize=11)
     fig.supxlabel("soft minus hard (green: soft is better)", fontsize=9)
     return fig
 
