@@ -103,6 +103,7 @@ def forest(differences, bootstrap:dict|None=None) -> Figure:
     metrics_, rows = list(differences.metric.unique()), list(dict.fromkeys(differences.configuration))
     columns = min(3, len(metrics_)); lines = -(-len(metrics_) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, .6 + lines * (.6 + .22 * len(rows))), sharey=True, layout="constrained", squeeze=False)
+    fig.get_layout_engine().set(wspace=.08)
     for ax in axes.flat[len(metrics_):]: ax.axis("off")
     for ax, name in zip(axes.flat, metrics_):
         part = differences[differences.metric == name].set_index("configuration").loc[rows]

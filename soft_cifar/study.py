@@ -82,7 +82,7 @@ def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
 
 # %% ../nbs/41_study.ipynb #7e071846
 def notebook_of(run:Run) -> Path:
-    "Where `execute` keeps the notebook of a run until the run is complete."
+    "Where `execute` leaves the notebook of a run that failed."
     return run.folder.with_name(f"{run.folder.name}.ipynb")
 
 def state(run:Run) -> tuple[str, str]:
@@ -114,21 +114,24 @@ def host_of(address:str) -> str: return address.split("://")[-1].rsplit(":", 1)[
 
 def run_notebook(run:Run, sharing:dict[str, int]) -> str:
     "Execute `nbs/train.ipynb` for `run` on a Dask worker; `sharing` says by host how many runs share its cores. Returns what went wrong, or an empty text."
-    notebook, threads = notebook_of(run), max(1, cores() // sharing.get(host_of(get_worker().address), 1))
+    notebook = run.folder.with_name(f"{run.folder.name}.{os.getpid()}.ipynb")     # of this worker: another study may be making the same run
+    threads, failure = max(1, cores() // sharing.get(host_of(get_worker().address), 1)), ""
     os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} | {"SOFT_CIFAR_NOTEBOOK": str(notebook)}
     parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run).items()}
-    with contextlib.suppress(OSError): notebook.unlink()
     for _ in range(3):
         try:
             notebook.parent.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(project_path("nbs/train.ipynb"), notebook, parameters, kernel_name="python3", progress_bar=False, cwd=project_path("nbs"), extra_arguments=["--IPKernelApp.log_level=50"])
-            break
+            os.replace(notebook, run.folder / "train.ipynb")     # now with its last cell executed, too
+            failure = ""; break
         except DeadKernelError as error: failure = f"{error} (three times)"
         except PapermillExecutionError as error: failure = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]; break
         except Exception as error: failure = f"{type(error).__name__}: {error}"; break
-    if not run.folder.exists(): return failure
-    with contextlib.suppress(OSError): os.replace(notebook, run.folder / "train.ipynb")     # its last cell is now executed, too
-    return ""
+    if run.folder.exists():     # made here, or by somebody else meanwhile
+        for left in [notebook_of(run), *run.folder.parent.glob(f"{run.folder.name}.*.ipynb")]: left.unlink(missing_ok=True)
+        return ""
+    with contextlib.suppress(OSError): os.replace(notebook, notebook_of(run))
+    return failure
 
 @contextlib.contextmanager
 def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):

@@ -88,6 +88,19 @@ def test_killed_worker_and_killed_kernel(undisturbed, tmp_path):
     assert sorted(p.name for p in file.parent.glob("small/*/*")) == ["seed-0", "seed-0", "seed-1", "seed-1"]
 
 
+def test_two_commands_on_one_study(undisturbed, tmp_path):
+    "Both make the same runs at the same time: each run is there once, whole, with its executed notebook, and nothing else is."
+    file = study_in(tmp_path)
+    both = [subprocess.Popen(command("study", file, "--jobs", 2, "--seeds", 0), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert numbers(file) == {k: v for k, v in numbers(undisturbed).items() if k[1] == 0}
+    assert [p.name for p in file.parent.glob("small/*/*")] == ["seed-0", "seed-0"]
+    for run in study.load(file, seeds=[0]).runs:
+        cells = json.loads((run.folder / "train.ipynb").read_text())["cells"]
+        assert not [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"] and cells[-1]["outputs"]
+
+
 def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
     "Two workers of a Dask scheduler at an address: the same numbers. A run that diverges is reported with its notebook; the others are made."
     file = study_in(tmp_path, SMALL.replace("labels:", "  wild: {method: basic, lr: 1.0e+12, warmup: 0}\nlabels:"))
