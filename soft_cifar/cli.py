@@ -28,6 +28,7 @@ def show(arguments) -> None:
     tell(study.load(arguments.file))
 
 def tell(wanted) -> None:
+    if wanted.absent: print(f"left out, because their data is not here: {'; '.join(wanted.absent)}")
     table = study.status(wanted)
     counted = table.pivot_table(index="cell", columns="state", values="seed", aggfunc="count", fill_value=0, sort=False)
     print(counted.to_string())

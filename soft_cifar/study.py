@@ -15,7 +15,7 @@ from distributed import Client, LocalCluster, as_completed, get_worker
 from papermill.exceptions import PapermillExecutionError
 from nbclient.exceptions import DeadKernelError
 from tqdm import tqdm
-from . import runs
+from . import data, runs
 from .checks import DataError, InputError, StudyError, number, one_of, project_path, shown
 from .runs import Run
 
@@ -32,10 +32,11 @@ class Loader(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Study:
-    "A grid of runs: `runs` in the order in which they are made, seed by seed; `models` names the model type of each `cell`."
+    "A grid of runs: `runs` in the order in which they are made, seed by seed; `models` names the model type of each `cell`; `absent` are the types whose data is not here."
     path: Path
     runs: tuple[Run, ...]
     models: dict[str, str]
+    absent: tuple[str, ...] = ()
 
     @property
     def name(self) -> str: return self.path.stem
@@ -62,10 +63,13 @@ def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
             if not isinstance(parameters, dict): refuse(f"model {name!r}: {parameters!r}, expected a mapping of parameters such as {{method: sngp}}")
     except InputError as error: refuse(str(error).removeprefix(f"{shown(path)}: "))
     place = dict(study=path.stem, output=shown(path.parent))
-    made, named = [], {}
+    def here(parameters): return not parameters.get("if_present") or (data.data_root(parameters.get("data_root")) / f"{parameters.get('data')}.npz").is_file()
+    made, named, absent = [], {}, tuple(name for name, parameters in given["models"].items() if not here(parameters))
     seeds = seeds if seeds is not None else given["seeds"]
     if len(set(map(repr, seeds))) < len(seeds): refuse(f"seeds: {seeds!r} holds one twice")
     for model, parameters in given["models"].items():
+        if model in absent: continue
+        parameters = {k: v for k, v in parameters.items() if k != "if_present"}
         for label in given["labels"]:
             for mix in given["mixes"]:
                 try: one = [Run.of(given["shared"] | parameters | dict(labels=label, mix=mix, seed=seed) | place) for seed in seeds]
@@ -78,7 +82,7 @@ def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
         made = [(run, model) for run, model in made if only in model or only in run.cell]
         if not made: refuse(f"no cell contains {only!r}; model types are {', '.join(given['models'])}")
     made.sort(key=lambda pair: seeds.index(pair[0].seed))
-    return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made})
+    return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
 # %% ../nbs/41_study.ipynb #7e071846
 def notebook_of(run:Run) -> Path:
@@ -153,6 +157,7 @@ def execute(study:Study, jobs:int=1, scheduler:str|None=None, repair:bool=False)
     """Make the runs of `study` that are not done, `jobs` at a time or as many as the workers of `scheduler` can take. `repair` sets damaged folders aside, under
     a name of their own, and makes those runs again. Says what it does; returns what went wrong with which run. Raises `InputError`, `StudyError`."""
     number("jobs", jobs, int, low=1)
+    if study.absent: print(f"{study.name}: left out, because their data is not here: {'; '.join(study.absent)}")
     states = {run: state(run) for run in study.runs}
     damaged = [run for run, (found, _) in states.items() if found == "damaged"]
     for run in damaged:
@@ -195,7 +200,7 @@ def gather(study:Study) -> pd.DataFrame:
 
 def caveats(study:Study, gathered:pd.DataFrame) -> list[str]:
     "What a reader of a table of `gathered` has to know: cells that lack seeds, and runs that differ in what they should share."
-    found = []
+    found = [f"Left out, because their data was not there: {'; '.join(study.absent)}"] if study.absent else []
     asked, there = pd.Series([r.cell for r in study.runs]).value_counts(), gathered.cell.value_counts() if len(gathered) else {}
     lacking = [f"{cell} has {there.get(cell, 0)} of {n}" for cell, n in asked.items() if there.get(cell, 0) < n]
     if lacking: found.append(f"Incomplete: {len(lacking)} of {len(asked)} cells lack seeds ({'; '.join(lacking[:6])}{'; ...' if len(lacking) > 6 else ''})")
