@@ -126,6 +126,7 @@ def run_notebook(run:Run, sharing:dict[str, int]) -> str:
         try:
             notebook.parent.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(project_path("nbs/train.ipynb"), notebook, parameters, kernel_name="python3", progress_bar=False, cwd=project_path("nbs"), extra_arguments=["--IPKernelApp.log_level=50"])
+            notebook.write_text(notebook.read_text().replace(f"{project_path()}{os.sep}", ""))     # papermill notes where it lay
             os.replace(notebook, run.folder / "train.ipynb")     # now with its last cell executed, too
             failure = ""; break
         except DeadKernelError as error: failure = f"{error} (three times)"
