@@ -8,6 +8,7 @@ __all__ = ['input_gradient', 'fgsm', 'pgd_path', 'pgd', 'resampling_flips', 'hel
 # %% ../nbs/30_attacks.ipynb #6a83d578
 import torch
 from torch import Tensor
+from . import metrics
 from .checks import number
 
 # %% ../nbs/30_attacks.ipynb #58e808e5
@@ -59,7 +60,7 @@ def resampling_flips(classifier, x:Tensor) -> float:
 def held(classifier, x:Tensor, labels:Tensor) -> dict[str, float]:
     "`accuracy` and mean `loss` (nats) of what `classifier` answers for the images `x` [B,3,H,W] against `labels` [B]."
     log_probs = classifier.log_probs(x)
-    return dict(accuracy=(log_probs.argmax(1) == labels).double().mean().item(), loss=-log_probs.double().gather(1, labels[:, None]).mean().item())
+    return dict(accuracy=metrics.accuracy(log_probs, labels), loss=metrics.nll(log_probs, labels))
 
 def eps_sweep(classifier, x:Tensor, labels:Tensor, epsilons, samples:int=1) -> list[dict[str, float]]:
     "A row `eps`, `accuracy`, `loss` for FGSM at each of `epsilons`, in pixel units of [0,1]. Raises `InputError` for one below 0."

@@ -7,11 +7,10 @@ __all__ = ['TABLE_1', 'METRICS', 'CELL', 'MODELS', 'MIXED', 'CLAIMS', 'published
            'weights_of', 'from_means', 'by_seed', 'from_runs', 'judge', 'verdict']
 
 # %% ../nbs/52_claims.ipynb #263eb437
-import io, math
+import math
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, pandas as pd, scipy.stats
-from .checks import InputError
 from .stats import Difference, holm, paired_differences
 
 # %% ../nbs/52_claims.ipynb #a4bd8b2b
@@ -128,8 +127,8 @@ def from_means(table:pd.DataFrame, metric:str, contrasts) -> Difference|None:
 # %% ../nbs/52_claims.ipynb #983a3496
 def by_seed(gathered:pd.DataFrame) -> dict[str, pd.DataFrame]:
     "For each metric of a table as `study.gather` gives it: its values, a row per seed and a column per cell."
-    index = ["seed", *CELL]
-    return {m: gathered.set_index(index)[m].unstack(CELL) for m in gathered.select_dtypes("number") if m not in index}
+    indexed = gathered.set_index(["seed", *CELL]).select_dtypes("number")
+    return {m: indexed[m].unstack(CELL) for m in indexed}
 
 def from_runs(table:dict[str, pd.DataFrame], metric:str, contrasts) -> Difference|None:
     "The mean over `contrasts` of `metric` in a table `by_seed`, over the seeds that have every cell. None where there is no such seed."

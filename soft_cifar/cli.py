@@ -8,7 +8,7 @@ __all__ = ['PAGE', 'prepare', 'make', 'show', 'tell', 'report', 'seeds', 'main']
 # %% ../nbs/60_cli.ipynb #d5d01119
 import argparse, sys
 from . import data, study
-from .checks import InputError, StudyError, project_path, shown
+from .checks import InputError, StudyError, shown
 
 # %% ../nbs/60_cli.ipynb #b74a4348
 def prepare(arguments) -> None:
@@ -20,7 +20,7 @@ def make(arguments) -> None:
     wanted = study.load(arguments.file, arguments.seeds, arguments.only)
     if arguments.dry_run: return tell(wanted)
     try: failures = study.execute(wanted, arguments.jobs, arguments.scheduler, arguments.repair)
-    except KeyboardInterrupt: sys.exit(f"interrupted: finished runs are kept, the others resume with the same command")
+    except KeyboardInterrupt: sys.exit("interrupted: finished runs are kept, the others resume with the same command")
     if failures: sys.exit(1)
 
 def show(arguments) -> None:
@@ -28,7 +28,7 @@ def show(arguments) -> None:
     tell(study.load(arguments.file))
 
 def tell(wanted) -> None:
-    if wanted.absent: print(f"left out, because their data is not here: {'; '.join(wanted.absent)}")
+    if wanted.left_out: print(wanted.left_out)
     table = study.status(wanted)
     counted = table.pivot_table(index="cell", columns="state", values="seed", aggfunc="count", fill_value=0, sort=False)
     print(counted.to_string())
@@ -42,12 +42,12 @@ table {{ border-collapse: collapse; font-size: .8rem; display: block; overflow-x
 
 def report(arguments) -> None:
     "Compile what a study says into report/<study>/, beside runs/: a page, Table 1 as csv, md and tex, every figure as svg and png, all numbers as csv and parquet."
-    import nbconvert, papermill     # not needed by the other commands
+    import nbconvert     # not needed by the other commands
     wanted = study.load(arguments.file)
     place = wanted.path.parent.parent / "report" / wanted.name
     place.mkdir(parents=True, exist_ok=True)
-    try: notebook = papermill.execute_notebook(project_path("nbs/report.ipynb"), place / "report.ipynb", dict(study_file=shown(wanted.path)), kernel_name="python3", progress_bar=False, cwd=project_path("nbs"), extra_arguments=["--IPKernelApp.log_level=50"])
-    except papermill.exceptions.PapermillExecutionError as error: raise StudyError(f"{error.evalue} (notebook: {shown(place / 'report.ipynb')})") from None
+    try: notebook = study.run_papermill("report.ipynb", place / "report.ipynb", dict(study_file=shown(wanted.path)))
+    except study.PapermillExecutionError as error: raise StudyError(f"{error.evalue} (notebook: {shown(place / 'report.ipynb')})") from None
     notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", []) and not cell.source.startswith(("# Report", "- skip_exec"))]
     body, _ = nbconvert.HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True).from_notebook_node(notebook)
     (place / "index.html").write_text(PAGE.format(title=f"soft_cifar: {wanted.name}", body=body))

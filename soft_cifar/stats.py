@@ -82,8 +82,7 @@ def draws(n:int, replicates:int, generator:np.random.Generator) -> torch.Tensor:
 def weighted_ece(log_probs:Tensor, labels:Tensor, weights:Tensor, bins:int=10) -> Tensor:
     "`metrics.ece` [R] under `weights` [R,N]."
     confidence, top = log_probs.double().exp().max(1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(len(labels), bins).scatter_(1, place[:, None], ((top == labels).double() - confidence).float()[:, None])
+    gap = torch.zeros(len(labels), bins).scatter_(1, metrics.equal_width(confidence, bins)[:, None], ((top == labels).double() - confidence).float()[:, None])
     return (weights @ gap).abs().sum(1) / weights.sum(1)
 
 def weighted_auroc(scores:Tensor, ood_scores:Tensor, weights:Tensor, ood_weights:Tensor) -> Tensor:

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'STYLES', 'table1', 'wide', 'markdown', 'latex', 'html', '
 # %% ../nbs/53_tables.ipynb #d68125b2
 import math
 import numpy as np, pandas as pd
-from .claims import CELL, MODELS, by_seed, from_runs, published
+from .claims import CELL, by_seed, from_runs, published
 from .stats import draws, hierarchical_interval, resampled
 
 # %% ../nbs/53_tables.ipynb #b8464eba

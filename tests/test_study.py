@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from soft_cifar import data, evaluation, runs, study
+from soft_cifar import evaluation, runs, study
 
 SMALL = """
 shared: {preset: demo, depth: 8, epochs: 12, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
