@@ -46,7 +46,7 @@ class Study:
     def left_out(self) -> str: return f"left out, because their data is not here: {'; '.join(self.absent)}" if self.absent else ""
 
 def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
-    """The study of the YAML file `path`, with other `seeds` if given, and `only` the cells whose model type or name contains that word.
+    """The study of the YAML file `path`, with other `seeds` if given, and `only` the cells whose model type or name contains that word, and their teachers.
     Raises `InputError`, naming file and line or cell, for a file that is no study."""
     path = Path(path).resolve()
     def refuse(message, line=None): raise InputError(f"{shown(path)}{f', line {line}' if line else ''}: {message}") from None
@@ -66,27 +66,38 @@ def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
     except InputError as error: refuse(str(error).removeprefix(f"{shown(path)}: "))
     place = dict(study=path.stem, output=shown(path.parent))
     def here(parameters): return not parameters.get("if_present") or (data.data_root(parameters.get("data_root")) / f"{parameters.get('data')}.npz").is_file()
-    made, named, absent = [], {}, tuple(name for name, parameters in given["models"].items() if not here(parameters))
+    made, named, absent, one_cell = [], {}, tuple(name for name, parameters in given["models"].items() if not here(parameters)), {}
+    teaching = {name for parameters in given["models"].values() if isinstance(parameters.get("teachers"), list) for name in parameters["teachers"]}
     seeds = seeds if seeds is not None else given["seeds"]
     if len(set(map(repr, seeds))) < len(seeds): refuse(f"seeds: {seeds!r} holds one twice")
     for model, parameters in given["models"].items():
         if model in absent: continue
         parameters = {k: v for k, v in parameters.items() if k != "if_present"}
-        for label in given["labels"]:
-            for mix in given["mixes"]:
-                try: one = [Run.of(given["shared"] | parameters | dict(labels=label, mix=mix, seed=seed) | place) for seed in seeds]
+        teachers = parameters.pop("teachers", [])
+        if not isinstance(teachers, list): refuse(f"model {model!r}: teachers: {teachers!r}, expected a list of model types")
+        for teacher in teachers:
+            if teacher not in one_cell: refuse(f"model {model!r}: its teacher {teacher!r} is no model type of one cell above it; those are: {', '.join(one_cell) or 'none'}")
+        kept = dict(keep_weights=True) if model in teaching else {}
+        labels, mixes = ([parameters[k]] if k in parameters else given[listed] for k, listed in (("labels", "labels"), ("mix", "mixes")))
+        if len(labels) == len(mixes) == 1: one_cell[model] = {}
+        for label in labels:
+            for mix in mixes:
+                try: one = [Run.of(given["shared"] | parameters | dict(labels=label, mix=mix, seed=seed, teachers=[shown(one_cell[t][seed].folder) for t in teachers]) | kept | place) for seed in seeds]
                 except InputError as error: refuse(f"cell {model} / {label} / {mix}: {error}")
                 cell = one[0].cell
                 if cell in named: refuse(f"models {named[cell]!r} and {model!r} both make the cell {cell}")
                 named[cell] = model
+                if model in one_cell: one_cell[model] = {run.seed: run for run in one}
                 made += [(run, model) for run in one]
     if only is not None:
-        made = [(run, model) for run, model in made if only in model or only in run.cell]
+        chosen = {run for run, model in made if only in model or only in run.cell}
+        taught_by = {folder for run in chosen for folder in run.teachers}
+        made = [(run, model) for run, model in made if run in chosen or shown(run.folder) in taught_by]
         if not made: refuse(f"no cell contains {only!r}; model types are {', '.join(given['models'])}")
     made.sort(key=lambda pair: seeds.index(pair[0].seed))
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
-# %% ../nbs/41_study.ipynb #7e071846
+# %% ../nbs/41_study.ipynb #425effd5
 def notebook_of(run:Run) -> Path:
     "Where `execute` leaves the notebook of a run that failed."
     return run.folder.with_name(f"{run.folder.name}.ipynb")
@@ -96,7 +107,7 @@ def state(run:Run) -> tuple[str, str]:
     if run.folder.exists():
         try: record = runs.record(run.folder)
         except DataError as error: return "damaged", str(error)
-        here = ("device", "data_root", "output")
+        here = ["device", "data_root", "output"] + ["keep_weights"] * (not run.keep_weights)
         other = [f.name for f in fields(Run) if f.name not in here and record["parameters"].get(f.name, f.default) != json.loads(json.dumps(getattr(run, f.name)))]
         return ("damaged", f"{shown(run.folder)} holds another run: {', '.join(other)} differ from the study file") if other else ("done", "")
     try: cells = json.loads(notebook_of(run).read_text())["cells"]
@@ -111,7 +122,7 @@ def status(study:Study) -> pd.DataFrame:
             for run in study.runs for found, error in [state(run)]]
     return pd.DataFrame(rows)
 
-# %% ../nbs/41_study.ipynb #425effd5
+# %% ../nbs/41_study.ipynb #e061e16d
 def cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -124,8 +135,10 @@ def run_papermill(notebook:str, output:Path, parameters:dict):
     output.write_text(output.read_text().replace(f"{project_path()}{os.sep}", ""))
     return executed
 
-def run_notebook(run:Run, sharing:dict[str, int]) -> str:
-    "Execute `nbs/train.ipynb` for `run` on a Dask worker; `sharing` says by host how many runs share its cores. Returns what went wrong, or an empty text."
+def run_notebook(run:Run, sharing:dict[str, int], teachers:list[str]) -> str:
+    """Execute `nbs/train.ipynb` for `run` on a Dask worker; `sharing` says by host how many runs share its cores, `teachers` what went wrong with those made just before. Returns what
+    went wrong, or an empty text."""
+    if any(teachers): return "a teacher of it failed"
     notebook = run.folder.with_name(f"{run.folder.name}.{os.getpid()}.ipynb")     # of this worker: another study may be making the same run
     threads, failure = max(1, cores() // sharing.get(host_of(get_worker().address), 1)), ""
     os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} | {"SOFT_CIFAR_NOTEBOOK": str(notebook)}
@@ -181,19 +194,22 @@ def execute(study:Study, jobs:int=1, scheduler:str|None=None, repair:bool=False)
     with workers(jobs, scheduler, len(wanted)) as (client, sharing):
         kernels = len(client.scheduler_info(n_workers=-1)["workers"])
         print(f"{kernels} workers on {len(sharing)} machine{'s' * (len(sharing) > 1)}", flush=True)
-        tasks = {client.submit(run_notebook, run, sharing, key=f"{run.cell}/seed-{run.seed}-{os.getpid()}-{start}", pure=False): run for run in wanted}
+        made, tasks = {}, {}     # a teacher's future, by its folder; the run of a future
+        for run in wanted:
+            task = client.submit(run_notebook, run, sharing, [made[t] for t in run.teachers if t in made], key=f"{run.cell}/seed-{run.seed}-{os.getpid()}-{start}", pure=False)
+            made[shown(run.folder)], tasks[task] = task, run
         with tqdm(total=len(study.runs), initial=done, desc=study.name, unit="run", disable=None) as bar:
             for n, task in enumerate(as_completed(tasks), 1):
                 run = tasks[task]
                 failure = f"its worker died again and again ({task.exception()})" if task.status == "error" else task.result()
-                if failure: failures[run] = failure; bar.write(f"failed: {run.cell} seed {run.seed}: {failure}\n  {shown(notebook_of(run))}")
+                if failure: failures[run] = failure; bar.write(f"failed: {run.cell} seed {run.seed}: {failure}" + f"\n  {shown(notebook_of(run))}" * notebook_of(run).exists())
                 bar.update()
                 spent = time.perf_counter() - start
                 if n == 1 < len(wanted): bar.write(f"first run after {spent:.0f} s: about {spent * math.ceil(len(wanted) / kernels) / 60:.1f} min for all {len(wanted)}")
     print(f"{study.name}: {len(wanted) - len(failures)} runs made in {time.perf_counter() - start:.0f} s" + (f", {len(failures)} failed: run again after a look at their notebooks" if failures else ""))
     return failures
 
-# %% ../nbs/41_study.ipynb #e57416cb
+# %% ../nbs/41_study.ipynb #0e5bd74d
 def gather(study:Study) -> pd.DataFrame:
     "One row per finished run of `study`: `model`, `cell`, every parameter, every metric, `seconds_<phase>`, `parameter_count`, and where it came from."
     rows = []

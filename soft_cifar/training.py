@@ -9,10 +9,11 @@ __all__ = ['learning_rate', 'epoch_generator', 'batches', 'Progress', 'duration'
 # %% ../nbs/31_training.ipynb #f2f5bbb8
 import ctypes, io, math, os, platform, time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
-from . import augment, labels as label_sources, models
+from . import augment, labels as label_sources, losses, models, runs
 from .checks import StudyError
 from .data import ImageSet
 from .runs import Run
@@ -34,7 +35,7 @@ def batches(pixels:Tensor, source, run:Run, generator:torch.Generator):
     source.start_epoch(generator)
     for index in torch.randperm(len(pixels), generator=generator, device=pixels.device).split(run.batch_size):
         x = augment.augment(pixels[index], generator) if run.augment else pixels[index]
-        y = source.targets(index, x)
+        y = source.base(index)
         yield mix(x, y, run.mix_alpha, generator, probability=run.mix_probability) if mix else (x, y)
 
 # %% ../nbs/31_training.ipynb #bc0143fe
@@ -72,11 +73,12 @@ def train_epoch(classifier, optimiser, pixels:Tensor, source, run:Run, epoch:int
     "Train `classifier` for one epoch (from 0); returns the mean loss, in nats per image."
     classifier.train(); classifier.start_epoch()
     torch.manual_seed(run.seed * 1_000_003 + epoch)   # for methods that draw at random
+    shape = partial(losses.OBJECTIVES[run.loss], **run.objective)
     steps, total = math.ceil(len(pixels) / run.batch_size), torch.zeros((), device=pixels.device)
     for step, (x, y) in enumerate(batches(pixels, source, run, epoch_generator(run, epoch))):
         optimiser.param_groups[0]["lr"] = learning_rate(run, epoch, step, steps)
         optimiser.zero_grad()
-        loss = classifier.loss(x, y)
+        loss = classifier.loss(x, y, lambda criterion, outputs, y: source.loss(shape(criterion), outputs, y, x))
         loss.backward()
         optimiser.step()
         classifier.after_step(x, y)
@@ -137,19 +139,23 @@ def fit(
     "Train as `run` says and keep the weights of the lowest validation loss. Raises `Diverged` when the loss is NaN or infinite."
     keep_freed_memory()
     device, progress = run.on, progress or Progress(run.epochs)
-    classifier.to(device)
-    pixels, source = train.pixels(device), label_sources.create(run.labels, train, **run.source).to(device)
-    val_pixels, val_targets = validation.pixels(device), label_sources.create(run.labels, validation, **run.source).to(device).table
+    classifier.to(device, memory_format=classifier.memory_format)
+    torch.manual_seed(run.seed)     # for teachers that answer at random
+    taught = dict(teachers=runs.teachers(run)) if run.teachers else {}
+    source, judge = (label_sources.create(run.labels, part, **run.source, **taught).to(device) for part in (train, validation))
+    pixels, val_pixels = train.pixels(device), validation.pixels(device)
+    if source.remark: print(source.remark)
     optimiser, history, best = sgd(classifier, run), [], None
     path, written, wanted = folder and folder / "checkpoint.pt", time.perf_counter(), identity(run, train)
     if path and (state := read_checkpoint(path, wanted, device)):
         classifier.load_state_dict(state["classifier"]); optimiser.load_state_dict(state["optimiser"])
+        source.load_state_dict(state["source"])
         history, best = state["history"], state["best"]
         print(f"resumed after epoch {len(history)} of {run.epochs}")
     for epoch in range(len(history), run.epochs):
         start = time.perf_counter()
         loss = train_epoch(classifier, optimiser, pixels, source, run, epoch)
-        val_loss, val_accuracy = validate(classifier, val_pixels, val_targets)
+        val_loss, val_accuracy = validate(classifier, val_pixels, judge.table)
         lr = optimiser.param_groups[0]["lr"]
         if not math.isfinite(loss + val_loss): raise Diverged(
             f"the loss is {loss} (validation {val_loss}) in epoch {epoch + 1} at learning rate {lr:.4g}: try a smaller lr (now {run.lr}) or a longer warmup (now {run.warmup} epochs)")
@@ -157,18 +163,19 @@ def fit(
             best = {k: v.clone() for k, v in classifier.state_dict().items()}
         history.append(dict(epoch=epoch + 1, lr=lr, train_loss=loss, validation_loss=val_loss, validation_accuracy=val_accuracy, seconds=time.perf_counter() - start))
         if path and time.perf_counter() - written >= checkpoint_seconds:
-            write_checkpoint(path, dict(identity=wanted, classifier=classifier.state_dict(), optimiser=optimiser.state_dict(), history=history, best=best))
+            write_checkpoint(path, dict(identity=wanted, classifier=classifier.state_dict(), optimiser=optimiser.state_dict(), source=source.state_dict(), history=history, best=best))
             written = time.perf_counter()
         progress(history)
     classifier.load_state_dict(best)
     classifier.eval().finish(pixels)
     return history
 
-# %% ../nbs/31_training.ipynb #f820cc60
+# %% ../nbs/31_training.ipynb #758b080a
 def plan(run:Run) -> str:
     "One sentence: what `run` will do, on what, and how long its training takes, from the time of two steps measured now."
     device, steps = run.on, math.ceil(run.train_size / run.batch_size)
-    classifier, g = models.create(run.method, 0, **run.model).to(device), torch.Generator(device).manual_seed(0)
+    classifier, g = models.create(run.method, 0, **run.model), torch.Generator(device).manual_seed(0)
+    classifier.to(device, memory_format=classifier.memory_format)
     optimiser, times = sgd(classifier, run), []
     for _ in range(4):
         start = time.perf_counter()

@@ -22,6 +22,7 @@ def softmax_scores(logits:Tensor) -> dict[str, Tensor]:
 # %% ../../nbs/21_classifier.ipynb #50e48515
 class Classifier(nn.Module):
     "Method `basic`, and the base of the others: pixels `x` float32 [B,3,32,32] in [0,1] in, answers out."
+    memory_format = torch.channels_last     # in which it trains fastest
     def __init__(self,
         depth:int=20,              # layers of the ResNet, 6n + 2
         classes:int=10,
@@ -41,9 +42,14 @@ class Classifier(nn.Module):
         "Logits [B,K]."
         return self.network.head(self.features(x))
 
-    def loss(self, x:Tensor, y:Tensor) -> Tensor:
-        "What training minimises, for targets `y` [B,K]: a scalar."
-        return soft_cross_entropy(self(x), y)
+    def criterion(self, outputs:Tensor, y:Tensor) -> Tensor:
+        "What the method makes of its `outputs` [B,K], as `forward` gives them, against targets `y` [B,K]: a scalar, nats per image."
+        return soft_cross_entropy(outputs, y)
+
+    def loss(self, x:Tensor, y:Tensor, objective=None) -> Tensor:
+        "What training minimises, for targets `y` [B,K]: a scalar. `objective(criterion, outputs, y)` may build more from one forward pass than the criterion alone."
+        outputs = self(x)
+        return objective(self.criterion, outputs, y) if objective else self.criterion(outputs, y)
 
     def after_step(self, x:Tensor, y:Tensor) -> None:
         "Called after each optimiser step, with the batch it used."

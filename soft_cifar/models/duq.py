@@ -65,6 +65,7 @@ def gradient_penalty(norm:Tensor, two_sided:bool=True) -> Tensor:
 # %% ../../nbs/24_duq.ipynb #c762a1f8
 class DUQ(Classifier):
     "Method `duq`: a ResNet whose head are `Centroids` (van Amersfoort et al. 2020). `forward` returns log K. Raises `InputError`."
+    memory_format = torch.contiguous_format     # the second derivatives of convolutions are slow in the other one
     def __init__(self, depth:int=20, classes:int=10, mean=(.5, .5, .5), std=(.25, .25, .25),
         centroid_size:int=1024,  # of the embedding
         length_scale:float=.1,   # of the kernel
@@ -77,14 +78,16 @@ class DUQ(Classifier):
         self.penalty, self.two_sided = number("penalty", penalty, low=0), boolean("two_sided", two_sided)
         self.seen = None         # features of the last training batch, for `after_step`
 
+    def criterion(self, outputs:Tensor, y:Tensor) -> Tensor: return kernel_loss(outputs, y)
+
     @torch.enable_grad()
-    def loss(self, x:Tensor, y:Tensor) -> Tensor:
-        "Binary cross-entropy of the kernels plus `penalty` times the gradient penalty: a scalar."
+    def loss(self, x:Tensor, y:Tensor, objective=None) -> Tensor:
+        "Binary cross-entropy of the kernels, or what `objective` makes of it, plus `penalty` times the gradient penalty: a scalar."
         x = (x - self.mean) / self.std
         if self.penalty: x.requires_grad_()
         features = self.network.features(x)
         log_k, self.seen = self.network.head(features), features.detach()
-        loss = kernel_loss(log_k, y)
+        loss = objective(self.criterion, log_k, y) if objective else self.criterion(log_k, y)
         return loss + self.penalty * gradient_penalty(gradient_norm(log_k, x), self.two_sided) if self.penalty else loss
 
     def after_step(self, x:Tensor, y:Tensor) -> None:

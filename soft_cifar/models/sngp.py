@@ -13,7 +13,6 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from ..checks import number
-from ..losses import soft_cross_entropy
 from . import Classifier, softmax_scores
 
 # %% ../../nbs/23_sngp.ipynb #29848c71
@@ -146,11 +145,11 @@ class SNGP(Classifier):
         self.network.head = RandomFeatureGP(self.network.head.in_features, classes, random_features, feature_scale, ridge)
         bound_convolutions(self.network, torch.zeros(1, 3, 32, 32), bound, power_iterations)
 
-    def loss(self, x:Tensor, y:Tensor) -> Tensor:
-        "Cross-entropy of the logits against `y` [B,K]; in training mode the batch enters the precision."
+    def forward(self, x:Tensor) -> Tensor:
+        "Logits [B,K]; in training mode the batch enters the precision."
         phi = self.network.head.phi(self.features(x))
         if self.training: self.network.head.update(phi)
-        return soft_cross_entropy(self.network.head.logits(phi), y)
+        return self.network.head.logits(phi)
 
     def start_epoch(self) -> None: self.network.head.reset()
 
