@@ -283,6 +283,7 @@ def record(folder) -> dict:
         if found["checksum"] != checksum(found): raise ValueError("metrics.json is not as it was written")
         for name, wanted in found["files"].items():
             if digest((folder / name).read_bytes()) != wanted: raise ValueError(f"{name} is not as it was written")
+    except OSError as error: raise DataError(f"{shown(folder)} is no complete run ({error.strerror}): make it, or name another") from None
     except Exception as error: raise DataError(f"{shown(folder)} is no complete run ({type(error).__name__}: {error}): move it away and run it again") from None
     return found
 

@@ -78,7 +78,8 @@ def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
         for teacher in teachers:
             if teacher not in one_cell: refuse(f"model {model!r}: its teacher {teacher!r} is no model type of one cell above it; those are: {', '.join(one_cell) or 'none'}")
         kept = dict(keep_weights=True) if model in teaching else {}
-        labels, mixes = ([parameters[k]] if k in parameters else given[listed] for k, listed in (("labels", "labels"), ("mix", "mixes")))
+        own = given["shared"] | parameters
+        labels, mixes = ([own[k]] if k in own else given[listed] for k, listed in (("labels", "labels"), ("mix", "mixes")))
         if len(labels) == len(mixes) == 1: one_cell[model] = {}
         for label in labels:
             for mix in mixes:
