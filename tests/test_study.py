@@ -1,5 +1,6 @@
 """Studies as people run them: killed in the middle, on a scheduler over TCP, with a run that fails, and 150 runs in one report."""
 import json
+import shutil
 import os
 import socket
 import subprocess
@@ -118,6 +119,31 @@ def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
     assert {k: v for k, v in numbers(file).items()} == {k: v for k, v in wanted.items() if k[1] == 0}
     said = soft_cifar("status", file)
     assert said.stdout.count("try a smaller lr") == 2 and "seed-0.ipynb" in said.stdout and "2 done" in said.stdout and "2 failed" in said.stdout
+
+
+SCHOOL = """
+shared: {preset: demo, depth: 8, epochs: 1, train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
+models:
+  first: {labels: hard}
+  wild: {labels: hard, lr: 1.0e+12, warmup: 0}
+  taught: {labels: off_ldl, teachers: [first]}
+  misled: {labels: kd, teachers: [wild]}
+seeds: [0]
+"""
+
+
+def test_teachers_come_first(tmp_path):
+    "A taught run waits for its teacher and learns from it; it is not made where the teacher fails, nor where the teacher's weights are gone."
+    file = study_in(tmp_path, SCHOOL)
+    done = soft_cifar("study", file, "--jobs", 2)
+    assert done.returncode == 1 and "a teacher of it failed" in done.stdout, done.stdout + done.stderr
+    wanted = study.load(file)
+    assert dict(zip(study.status(wanted).model, study.status(wanted).state)) == dict(first="done", wild="failed", taught="done", misled="pending")
+    first, _, taught, _ = wanted.runs
+    assert [path.parent for path in file.parent.rglob("weights.pt")] == [first.folder] and study.gather(wanted).model.tolist() == ["first", "taught"]
+    (first.folder / "weights.pt").unlink(); shutil.rmtree(taught.folder)
+    again = soft_cifar("study", file, "--only", "taught")
+    assert again.returncode == 1 and "holds no weights" in again.stdout, again.stdout + again.stderr
 
 
 def test_150_runs_in_a_minute(tmp_path):
