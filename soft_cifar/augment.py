@@ -212,7 +212,7 @@ def patchwork(x, heights, widths, tops, lefts, partner):
     return x[partner.T[:, None, 2 * lower + right], c[:, None, None], row, column]
 
 def ricap(x, y, beta, generator, probability=1.):
-    """RICAP (Takahashi et al. 2018, section 3; beta .3 there) of images `x` float [B,C,H,W] and targets `y` float [B,K]: one boundary and four crops for the batch,
+    """RICAP (Takahashi et al. 2018; beta .3 there) of images `x` float [B,C,H,W] and targets `y` float [B,K]: one boundary and four crops for the batch,
     which is left alone with probability 1 - `probability`; targets weighted by area. Raises `InputError` for anything else."""
     check_images(x), check_targets(x, y)
     beta, probability = number("beta", beta, low=0, open_low=True), number("probability", probability, low=0, high=1)
