@@ -24,9 +24,12 @@ METRICS = {   # name: (what it is, range, which way is better)
     "ece_true_class": ("the published study's variant: binned by the true class's probability, 10 bins", "0 to 1", "not a calibration error"),
     "ece_unanimous": ("ece on images whose voters all agree", "0 to 1", "lower"),
     "ece_disputed": ("ece on the other images", "0 to 1", "lower"),
+    "uce": ("uncertainty calibration error: normalised entropy against the error rate, 15 bins", "0 to 1", "lower"),
+    "f1": ("F1 score, mean over classes", "0 to 1", "higher"),
     "confidence": ("mean probability of the top label", "0 to 1", "near accuracy"),
     "ce_humans": ("cross-entropy to the human distribution", "nats, from 0", "lower"),
     "kl_humans": ("KL divergence from the human distribution", "nats, from 0", "lower"),
+    "kl_humans_correct": ("the same on the images this model classifies right, as Zhang et al. compare in their table XII", "nats, from 0", "lower"),
     "js_humans": ("Jensen-Shannon divergence to it", "0 to log 2 nats", "lower"),
     "tv_humans": ("total variation distance to it", "0 to 1", "lower"),
     "brier_humans": ("squared error against the human distribution", "0 to 2", "lower"),
@@ -77,12 +80,13 @@ def label_metrics(log_probs:Tensor, labels:Tensor, counts:Tensor|None=None, post
     found = dict(
         accuracy=m.accuracy(log_probs, labels), nll=m.nll(log_probs, labels), brier=m.brier(log_probs, labels), ece=m.ece(log_probs, labels),
         ece_10=m.ece(log_probs, labels, bins=10), ece_equal_mass=m.ece_equal_mass(log_probs, labels), ece_true_class=m.ece_true_class(log_probs, labels),
-        confidence=log_probs.double().exp().amax(1).mean().item())
+        uce=m.uce(log_probs, labels), f1=m.class_f1_confidence(log_probs, labels)[0].nanmean().item(), confidence=log_probs.double().exp().amax(1).mean().item())
     if counts is not None:
         humans = counts.double() / counts.sum(1, keepdim=True)
-        agreed = counts.amax(1) == counts.sum(1)
+        agreed, right = counts.amax(1) == counts.sum(1), log_probs.argmax(1) == labels
         for name, rows in (("unanimous", agreed), ("disputed", ~agreed)):
             found[f"ece_{name}"] = m.ece(log_probs[rows], labels[rows]) if rows.any() else float("nan")
+        found["kl_humans_correct"] = m.kl_to_humans(log_probs[right], humans[right]) if right.any() else float("nan")
         found |= dict(
             ce_humans=m.ce_to_humans(log_probs, humans), kl_humans=m.kl_to_humans(log_probs, humans), js_humans=m.js_to_humans(log_probs, humans),
             tv_humans=m.tv_to_humans(log_probs, humans), brier_humans=m.brier(log_probs, humans), brier_irreducible=m.brier_irreducible(humans),
@@ -100,7 +104,7 @@ def attack_metrics(name:str, log_probs:Tensor, attacked:Tensor, labels:Tensor) -
     right, left = before.double().mean().item(), (before & (attacked.argmax(1) == labels)).double().mean().item()
     return {f"{name}_accuracy": left, f"{name}_drop": right - left, f"{name}_drop_of_correct": 1 - left / right if right else float("nan")}
 
-# %% ../nbs/32_evaluation.ipynb #ab511895
+# %% ../nbs/32_evaluation.ipynb #8e674d5b
 def judged_by(image_set:ImageSet, run:Run) -> Tensor:
     "The labels [N] that `run` judges `image_set` by: gold or majority."
     return image_set.labels if run.test_labels == "gold" else image_set.majority

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['checked', 'distribution', 'accuracy', 'nll', 'brier', 'brier_irreducible', 'Bins', 'binned', 'equal_width',
-           'reliability', 'ece', 'ece_equal_mass', 'reliability_true_class', 'ece_true_class', 'entropy',
-           'ce_to_humans', 'kl_to_humans', 'js_to_humans', 'tv_to_humans', 'entropy_correlation', 'definite_second',
-           'second', 'second_best_accuracy', 'ranked', 'auroc', 'aupr', 'fpr95']
+           'reliability', 'ece', 'ece_equal_mass', 'reliability_true_class', 'ece_true_class', 'entropy', 'uce',
+           'class_f1_confidence', 'ce_to_humans', 'kl_to_humans', 'js_to_humans', 'tv_to_humans', 'entropy_correlation',
+           'definite_second', 'second', 'second_best_accuracy', 'ranked', 'auroc', 'aupr', 'fpr95']
 
 # %% ../nbs/11_metrics.ipynb #8285172d
 import math
@@ -99,6 +99,21 @@ def entropy(probs:Tensor) -> Tensor:
     "Shannon entropy of each row of `probs` [N,K], in nats; 0 log 0 = 0."
     return torch.special.entr(probs.double()).sum(1)
 
+def uce(log_probs:Tensor, labels:Tensor, bins:int=15) -> float:
+    "Uncertainty calibration error, 0 to 1: error rate against normalised entropy, equal-width bins (lo, hi] (Laves et al. 2019)."
+    log_probs = checked(log_probs)
+    uncertainty = entropy(log_probs.exp()) / math.log(log_probs.shape[1])
+    return binned(uncertainty, log_probs.argmax(1) != labels, equal_width(uncertainty, bins), bins).error()
+
+# %% ../nbs/11_metrics.ipynb #4cfc661f
+def class_f1_confidence(log_probs:Tensor, labels:Tensor) -> tuple[Tensor, Tensor]:
+    """F1 score of each class [K], NaN for a class neither there nor predicted, and the mean top-label confidence of the images predicted as it [K], NaN where
+    there are none (after Hong et al., Rethinking Soft Label in Label Distribution Learning Perspective, figure 4)."""
+    confidence, predicted = checked(log_probs).exp().max(1)
+    said, there = distribution(predicted, log_probs.shape[1]), distribution(labels, log_probs.shape[1])
+    return 2 * (said * there).sum(0) / (said + there).sum(0), confidence @ said / said.sum(0)
+
+# %% ../nbs/11_metrics.ipynb #f40877ce
 def ce_to_humans(log_probs:Tensor, probs:Tensor) -> float:
     "Cross-entropy of the model's `log_probs` [N,K] under the human distribution `probs` [N,K], in nats."
     q = probs.double()
@@ -121,7 +136,7 @@ def entropy_correlation(log_probs:Tensor, probs:Tensor) -> float:
     "Pearson correlation over images of the model's entropy with the people's, -1 to 1; NaN if either is constant."
     return torch.corrcoef(torch.stack([entropy(checked(log_probs).exp()), entropy(probs)]))[0, 1].item()
 
-# %% ../nbs/11_metrics.ipynb #5f4cca8f
+# %% ../nbs/11_metrics.ipynb #e6d82eaa
 def definite_second(counts:Tensor, min_votes:int=1) -> Tensor:
     "Which rows of `counts` [N,K] have one class alone in second place, with at least `min_votes` votes. Boolean [N]."
     _, second, third = counts.topk(3, 1).values.unbind(1)
@@ -136,7 +151,7 @@ def second_best_accuracy(log_probs:Tensor, counts:Tensor, min_votes:int=1) -> fl
     rows = definite_second(counts, min_votes)
     return (second(checked(log_probs)[rows]) == second(counts[rows])).double().mean().item()
 
-# %% ../nbs/11_metrics.ipynb #07a48257
+# %% ../nbs/11_metrics.ipynb #4dc54b66
 def ranked(id_scores:Tensor, ood_scores:Tensor):
     """Cumulative counts of ID and OOD images at or above each distinct score, from the highest down: (false, true) positives, [D] each.
     Raises `InputError` for an empty or NaN score."""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HUMAN', 'MODEL', 'OTHER', 'NAMES', 'HIGHER', 'votes_grid', 'vote_bars', 'people', 'disputed_to_unanimous',
-           'learning_curves', 'reliability_diagrams', 'cases', 'colors_of', 'forest', 'tradeoff', 'ood_scores',
-           'entropy_against_people', 'cost']
+           'learning_curves', 'reliability_diagrams', 'f1_confidence', 'principal', 'tsne', 'penultimate', 'cases',
+           'colors_of', 'forest', 'tradeoff', 'ood_scores', 'entropy_against_people', 'cost']
 
 # %% ../nbs/51_plots.ipynb #4a74eae2
 import matplotlib.pyplot as plt, seaborn as sns
@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from . import metrics
+from .checks import InputError, one_of
 from .data import ImageSet
 
 # %% ../nbs/51_plots.ipynb #86755098
@@ -78,6 +79,63 @@ def reliability_diagrams(log_probs:Tensor, labels:Tensor, bins:int=10) -> Figure
     return fig
 
 # %% ../nbs/51_plots.ipynb #327af079
+def f1_confidence(log_probs:Tensor, labels:Tensor, classes) -> Figure:
+    """F1 of each of the named `classes` [K] by the mean confidence of the images predicted as it, from `log_probs` [N,K] and `labels` [N], after Hong et al. (Rethinking Soft
+    Label in Label Distribution Learning Perspective, figure 4). Classes never predicted have no place and are left out. Raises `InputError` unless there are K names."""
+    if len(classes) != log_probs.shape[1]: raise InputError(f"{len(classes)} names of classes for log_probs of shape {tuple(log_probs.shape)}, expected one per column")
+    f1, confidence = metrics.class_f1_confidence(log_probs, labels)
+    shown = [k for k in f1.argsort().tolist() if not confidence[k].isnan()]
+    both = torch.cat([f1[shown], confidence[shown]]); low, high = both.min().item(), both.max().item()
+    reach = max(high - low, .05); ends = [low - .2 * reach, high + .2 * reach]
+    fig, ax = plt.subplots(figsize=(5, 4.6), layout="constrained")
+    ax.scatter(confidence[shown], f1[shown], color=MODEL, zorder=3)
+    heights = [ends[0]] * 2
+    for i, k in enumerate(shown):     # names by turns on either side, from below, none closer than a line of text to the one before
+        side, x, y = i % 2, confidence[k].item(), f1[k].item()
+        heights[side] = max(y, heights[side] + .07 * reach)
+        ax.annotate(classes[k], (x, y), (x + (-.1, .1)[side] * reach, heights[side]), ha=("right", "left")[side], va="center", fontsize=8, arrowprops=dict(arrowstyle="-", color="grey", lw=.6))
+    ax.plot(ends, ends, "--", color="grey", lw=1); ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="mean confidence where predicted", ylabel="F1 score")
+    ax.set_title(f"{int((f1 < confidence).sum())} of {len(shown)} classes are surer than they are good", fontsize=10)
+    return fig
+
+# %% ../nbs/51_plots.ipynb #a4b35786
+def principal(features:Tensor) -> tuple[Tensor, Tensor]:
+    "The first two principal coordinates [N,2] of `features` [N,F] and their shares of the variance [2]. The larger half of an axis's weights decides its sign."
+    centred = features.double() - features.double().mean(0)
+    _, s, axes = torch.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * (1 - 2 * (axes[:2].pow(3).sum(1, keepdim=True) < 0).double())
+    return centred @ axes.T, s[:2].square() / s.square().sum()
+
+def tsne(features:Tensor) -> Tensor:
+    "t-SNE coordinates [N,2] of `features` [N,F] by scikit-learn, from a fixed seed. Raises `InputError` where that is not installed."
+    try: from sklearn.manifold import TSNE
+    except ImportError: raise InputError("method='tsne' needs scikit-learn: pip install -e '.[tsne]', or take method='pca'") from None
+    return torch.from_numpy(TSNE(perplexity=min(30, (len(features) - 1) / 3), random_state=0).fit_transform(features.double().numpy()))
+
+def penultimate(features:Tensor, labels:Tensor, classes, method:str="pca") -> Figure:
+    """Penultimate `features` [N,F] in the plane, colour and marker by class index `labels` [N], by "pca" or "tsne" (Hong et al., Rethinking Soft Label in Label Distribution
+    Learning Perspective, figure 7). `classes` name the indices; those without images are left out. Raises `InputError` for another method or shape."""
+    one_of("method", method, ("pca", "tsne"))
+    if features.ndim != 2 or min(features.shape) < 3 or labels.shape != features.shape[:1]:
+        raise InputError(f"features of shape {tuple(features.shape)} with labels of shape {tuple(labels.shape)}, expected [N,F] and [N] with N, F >= 3")
+    features, labels = features.detach().cpu(), labels.cpu()
+    fig, ax = plt.subplots(figsize=(5.6, 4), layout="constrained")
+    if method == "pca":
+        at, shares = principal(features)
+        ax.set(**{f"{x}label": f"component {j + 1}, {shares[j]:.0%} of the variance" for j, x in enumerate("xy")})
+    else:
+        at = tsne(features)
+        ax.set(xlabel="t-SNE, no unit", xticks=[], yticks=[])
+    there = labels.unique().tolist()
+    for k, color in zip(there, sns.color_palette("colorblind", len(there))):
+        ax.scatter(*at[labels == k].T, s=14, color=color, marker="os^vDP*X<>"[k % 10], lw=0, alpha=.7, label=classes[k])
+    centres = torch.stack([at[labels == k].mean(0) for k in there])
+    own = (torch.cdist(at, centres).argmin(1) == torch.searchsorted(torch.tensor(there), labels)).double().mean()
+    ax.set_title(f"{own:.0%} of the images lie nearest the centre of their own class", fontsize=10)
+    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return fig
+
+# %% ../nbs/51_plots.ipynb #a2c7dac5
 def cases(image_set:ImageSet, log_probs:Tensor, labels:Tensor, order:Tensor, columns:int=4, rows:int=2) -> Figure:
     "The images at the head of `order`: the votes of people beside what the model says, with the test label and the model's answer."
     fig, axes = plt.subplots(rows, 2 * columns, figsize=(2.7 * columns, 1.35 * rows), squeeze=False, layout="constrained")
@@ -90,7 +148,7 @@ def cases(image_set:ImageSet, log_probs:Tensor, labels:Tensor, order:Tensor, col
     fig.legend(names, ["people", "model"], loc="outside lower center", ncols=2, frameon=False)
     return fig
 
-# %% ../nbs/51_plots.ipynb #7606a291
+# %% ../nbs/51_plots.ipynb #bf2f8f17
 NAMES = {"accuracy": "accuracy", "nll": "log loss, nats", "brier": "Brier score", "ece_10": "ECE", "ece_true_class": '"ECE" as published', "kl_humans": "KL to people, nats",
          "auroc_max_logit": "OOD AUROC", "fgsm_drop": "FGSM: accuracy lost"}
 HIGHER = ("accuracy", "auroc_max_logit")    # where more is better
