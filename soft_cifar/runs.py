@@ -54,7 +54,7 @@ def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
     return dict(ood="oracle_ood", test_labels="gold") if data == "oracle" else dict(ood="svhn", test_labels="majority")
 
-MIXES = ("none", "mixup", "cutmix")
+MIXES = ("none", "mixup", "cutmix", "ricap")
 
 # %% ../nbs/40_runs.ipynb #b7c1d60b
 CHOICES = dict(method=(models.methods, models.parameters_of), labels=(label_sources.sources, label_sources.parameters_of), loss=(lambda: losses.OBJECTIVES, losses.parameters_of))

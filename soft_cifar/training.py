@@ -31,7 +31,7 @@ def epoch_generator(run:Run, epoch:int) -> torch.Generator:
 
 def batches(pixels:Tensor, source, run:Run, generator:torch.Generator):
     "One epoch of `(x, y)`: shuffled, augmented, labelled, mixed. `pixels` float [N,3,32,32] and the label `source` lie on the run's device."
-    mix = dict(mixup=augment.mixup, cutmix=augment.cutmix).get(run.mix)
+    mix = dict(mixup=augment.mixup, cutmix=augment.cutmix, ricap=augment.ricap).get(run.mix)
     source.start_epoch(generator)
     for index in torch.randperm(len(pixels), generator=generator, device=pixels.device).split(run.batch_size):
         x = augment.augment(pixels[index], generator) if run.augment else pixels[index]
