@@ -219,7 +219,7 @@ def gather(study:Study) -> pd.DataFrame:
         record = runs.record(run.folder)
         origin = dict(commit=record["commit"], torch=record["versions"]["torch"], threads=record["hardware"]["threads"], hardware=record["hardware"]["gpu"] or record["hardware"]["cpu"])
         sets = {f"{kind}_{what}": record["data"][getattr(run, kind)][what] for kind in ("data", "ood") for what in ("fingerprint", "encoding")}
-        rows.append(dict(model=study.models[run.cell], cell=run.cell) | record["parameters"] | record["metrics"] | {f"seconds_{k}": v for k, v in record["seconds"].items()}
+        rows.append(dict(model=study.models[run.cell], cell=run.cell) | {f.name: f.default for f in fields(Run)} | record["parameters"] | record["metrics"] | {f"seconds_{k}": v for k, v in record["seconds"].items()}
                     | dict(parameter_count=record["parameter_count"]) | sets | origin)
     return pd.DataFrame(rows)
 
