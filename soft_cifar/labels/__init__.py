@@ -83,9 +83,13 @@ def smooth(image_set:ImageSet, smoothing:float=.1) -> Table:
 
 class Sampled(Table):
     "One label drawn from each image's row of the table, afresh each epoch. Validation uses the table itself, its expectation."
+    def __init__(self, table:Tensor):
+        super().__init__(table)
+        self.register_buffer("drawn", torch.zeros_like(self.table), persistent=False)
+
     def start_epoch(self, generator:torch.Generator) -> None:
         "Draw a label for each image."
-        self.drawn = F.one_hot(torch.multinomial(self.table, 1, generator=generator).squeeze(1), self.table.shape[1]).float()
+        self.drawn.zero_().scatter_(1, torch.multinomial(self.table, 1, generator=generator), 1)
 
     def base(self, index:Tensor) -> Tensor:
         "The targets [B,K] drawn for this epoch. Call `start_epoch` first."
