@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab notebooks clean
+.PHONY: demo test lab notebooks benchmark clean
 
 demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
@@ -25,6 +25,12 @@ notebooks: $(READY)       ## after an edit: export the module, run the lessons, 
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-prompt --TagRemovePreprocessor.remove_input_tags=hide \
 	    --NbConvertApp.output_files_dir=report/readme --output-dir . --output README nbs/index.ipynb
 	sed -i.bak 's/!\[png\]/![Reliability diagrams of a network trained on soft and on hard labels, and their distance to people]/' README.md && rm README.md.bak
+
+benchmark: $(READY)       ## measure this machine and write report/benchmark/, minutes
+	$(BIN)/python -m soft_cifar.benchmark everything report/benchmark
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/benchmark.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir report/benchmark --output index nbs/benchmark.ipynb
 
 clean:                    ## the environment, the demo and caches; runs, reports and data stay
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache
