@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'Pictures', 'pil_epoch', 'plain_step', 'plain_epoch', 'measure', 'in_a_process', 'answer_of', 'floors',
-           'evaluation_time', 'jobs_scaling', 'everything', 'main']
+           'replay_difference', 'idle_share', 'evaluation_time', 'jobs_scaling', 'everything', 'main']
 
 # %% ../nbs/benchmark.ipynb #b643c5eb
 import json, os, resource, statistics, subprocess, sys, time
@@ -103,6 +103,34 @@ def floors(method:str="basic", batch_size:int=128) -> dict:
     return dict(method=method, flop=counted.get_total_flops(), bytes=sum(traffic), flops=flops, bandwidth=bandwidth, compute_floor=counted.get_total_flops() / flops, memory_floor=sum(traffic) / bandwidth)
 
 # %% ../nbs/benchmark.ipynb #1b1da4c6
+def replay_difference(method:str, mix:str) -> dict:
+    "The largest relative difference between the losses of four epochs of five steps, replayed and taken one by one, in float32 with deterministic algorithms. Needs a GPU."
+    run = Run(preset="demo", method=method, mix=mix, mix_probability=.5, labels="ols", train_size=300, depth=8, batch_size=64)
+    train, *_ = data.split(data.load("oracle"), (300, 1, 1), 0)
+    def losses(recorded):
+        classifier = models.create(method, 0, **run.model).to(run.on, memory_format=models.methods()[method].memory_format)
+        trainer = training.Trainer(classifier, training.sgd(classifier, run), train.pixels(run.on), labels.create("ols", train).to(run.on), run, recorded)
+        found = [trainer.epoch(epoch) for epoch in range(4)]
+        if trainer.recorded != recorded: raise RuntimeError(f"{method} with {mix} could not be recorded")
+        return found
+    torch.use_deterministic_algorithms(True)
+    try: return dict(method=method, mix=mix, difference=max(abs(a / b - 1) for a, b in zip(losses(True), losses(False))))
+    finally: torch.use_deterministic_algorithms(False)
+
+def idle_share(method:str, images:int=8000) -> dict:
+    "The share of an epoch of replayed steps in which no kernel runs. Needs a GPU."
+    from torch.profiler import ProfilerActivity, profile
+    run, made = Run(method=method, data="oracle", train_size=images), oracle.generate(images)
+    train = data.ImageSet("oracle", made["images"], made["labels"], made["counts"], "generated", oracle.CLASSES)
+    classifier = models.create(method, 0, **run.model).to(run.on, memory_format=models.methods()[method].memory_format)
+    trainer = training.Trainer(classifier, training.sgd(classifier, run), train.pixels(run.on), labels.create("soft", train).to(run.on), run)
+    trainer.epoch(0); torch.cuda.synchronize(); start = time.perf_counter()
+    trainer.epoch(1); torch.cuda.synchronize(); epoch = time.perf_counter() - start
+    with profile(activities=[ProfilerActivity.CUDA]) as seen: trainer.epoch(2); torch.cuda.synchronize()
+    busy = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+    return dict(method=method, epoch=epoch, busy=busy, idle=1 - busy / epoch)
+
+# %% ../nbs/benchmark.ipynb #375ed553
 def evaluation_time(method:str, images:int=1500) -> dict:
     "Seconds of `evaluation.evaluate` on as many test images and OOD images as the published protocol has, on an untrained network."
     run = Run(method=method, data="oracle", ood="oracle_ood")
@@ -121,11 +149,13 @@ def jobs_scaling(jobs:int, way:str) -> dict:
 
 def everything(rounds:int=3) -> dict:
     "All measurements, on a GPU if there is one; a few minutes."
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # what deterministic matrix products on a GPU ask for
     cuda = torch.cuda.is_available()
     ways = [way for way in WAYS if cuda or way != "graph"]
     rows = [answer_of(in_a_process(["measure", method, way])) for _ in range(rounds) for method in models.methods() for way in ways]
     many = (1, 2, 4, 8, 16) if cuda else [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
     return dict(**runs.provenance(), device="cuda" if cuda else "cpu", rows=rows, floors=[floors(m) for m in models.methods()], evaluation=[evaluation_time(m) for m in models.methods()],
+                replayed=[replay_difference(m, mix) for m in models.methods() for mix in runs.MIXES] if cuda else [], idle=[idle_share(m) for m in models.methods()] if cuda else [],
                 jobs=[jobs_scaling(n, "graph" if cuda else "eager") for n in many])
 
 def main(words) -> None:
