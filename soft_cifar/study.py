@@ -62,6 +62,7 @@ def load(path, seeds:list[int]|None=None, only:str|None=None) -> Study:
         for key in ("models", "seeds"):
             if key not in given: refuse(f"has no {key!r}")
         for name, parameters in given["models"].items():
+            if not isinstance(name, str): refuse(f"model {name!r} is a {type(name).__name__}, expected text: YAML takes on, off, yes, no and numbers for values, put the name in quotes")
             if not isinstance(parameters, dict): refuse(f"model {name!r}: {parameters!r}, expected a mapping of parameters such as {{method: sngp}}")
     except InputError as error: refuse(str(error).removeprefix(f"{shown(path)}: "))
     place = dict(study=path.stem, output=shown(path.parent))
