@@ -297,7 +297,7 @@ def classifier(folder, device="cpu") -> models.Classifier:
     run = Run.of(found["parameters"] | dict(device="auto"))
     made = models.create(run.method, **run.model)
     made.load_state_dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
-    return made.to(device).eval()
+    return made.to(device, memory_format=made.memory_format).eval()
 
 SPLIT = ("data", "seed", "validation_size", "test_size")     # what says which images are tested
 

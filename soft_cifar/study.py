@@ -166,7 +166,7 @@ def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):
     address `scheduler` within `patience` seconds."""
     def hosts(client): return [(host_of(address), worker["nthreads"]) for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()]
     if scheduler is None:
-        with LocalCluster(n_workers=min(jobs, most), threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs="CRITICAL") as cluster, Client(cluster) as client:
+        with LocalCluster(n_workers=min(jobs, most), threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL") as cluster, Client(cluster) as client:
             yield client, {host: jobs for host, _ in hosts(client)}
         return
     try: client = Client(scheduler, timeout=patience)
