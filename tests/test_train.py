@@ -50,7 +50,7 @@ def test_folder_is_complete(tiny):
     assert record["data"]["oracle"]["encoding"] == "generated" and len(record["data"]["oracle"]["fingerprint"]) == 64
     assert set(record["seconds"]) == {"load", "fit", "evaluate"} and record["hardware"]["threads"] >= 1 and record["versions"]["torch"]
     executed = json.loads((folder / "train.ipynb").read_text())
-    assert sum(any("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in executed["cells"]) == 5
+    assert sum(any("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in executed["cells"]) == 7
 
 
 def test_metrics_come_again_from_predictions(tiny):

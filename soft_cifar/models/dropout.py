@@ -17,7 +17,8 @@ def noisy_relu(x:Tensor, p:float) -> Tensor:
     "ReLU of `x`, then dropout with probability `p` (on a CPU, `p` to the nearest of 65,536 steps)."
     if x.is_cuda: return F.dropout(F.relu(x), p, training=True)
     cut = round(p * 2**16)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()]
+    bits = bits.as_strided(x.shape, torch.empty_like(x, device="meta").stride())     # laid out as `x` is
     return x * (bits >= cut - 2**15).logical_and_(x > 0).to(x.dtype).div_(1 - cut / 2**16)
 
 class NoisyReLU(nn.Module):
