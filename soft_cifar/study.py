@@ -110,7 +110,8 @@ def state(run:Run) -> tuple[str, str]:
         try: record = runs.record(run.folder)
         except DataError as error: return "damaged", str(error)
         here = ["device", "data_root", "output"] + ["keep_weights"] * (not run.keep_weights)
-        other = [f.name for f in fields(Run) if f.name not in here and record["parameters"].get(f.name, f.default) != json.loads(json.dumps(getattr(run, f.name)))]
+        as_saved = lambda value: json.loads(json.dumps(value))
+        other = [f.name for f in fields(Run) if f.name not in here and record["parameters"].get(f.name, as_saved(f.default)) != as_saved(getattr(run, f.name))]
         return ("damaged", f"{shown(run.folder)} holds another run: {', '.join(other)} differ from the study file") if other else ("done", "")
     try: cells = json.loads(notebook_of(run).read_text())["cells"]
     except (OSError, ValueError, KeyError): return "pending", ""
