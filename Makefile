@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab notebooks benchmark clean
+.PHONY: demo test lab notebooks benchmark wheelhouse clean
 
 demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
@@ -31,6 +31,15 @@ benchmark: $(READY)       ## measure this machine and write report/benchmark/, m
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/benchmark.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir report/benchmark --output index nbs/benchmark.ipynb
+
+# The report, and its pyarrow and JupyterLab, stay at home.
+HOST_PYTHON ?= 3.12
+WHEELS := matplotlib seaborn jinja2 pandas scipy pyyaml distributed ipykernel psutil papermill
+wheelhouse: $(READY)      ## what an offline Linux host with torch, torchvision and numpy lacks: make wheelhouse HOST_PYTHON=3.12
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest wheelhouse --constraint constraints.txt --only-binary :all: \
+	    --python-version $(HOST_PYTHON) $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux2014_x86_64 manylinux_2_17_x86_64) $(WHEELS)
+	rm -f wheelhouse/numpy-*.whl
+	@du -sh wheelhouse
 
 clean:                    ## the environment, the demo and caches; runs, reports and data stay
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache

@@ -8,10 +8,11 @@ __all__ = ['METRICS', 'describe', 'predict', 'label_metrics', 'ood_metrics', 'at
 
 # %% ../nbs/32_evaluation.ipynb #6d71ff11
 import pandas as pd, torch
+from IPython.display import HTML
 from torch import Tensor
 from . import attacks, extras, metrics
 from .data import ImageSet
-from .runs import Run
+from .runs import Run, rounded
 
 # %% ../nbs/32_evaluation.ipynb #bdcd9788
 METRICS = {   # name: (what it is, range, which way is better)
@@ -58,8 +59,8 @@ def describe(found:dict[str, float]):
     "The metrics `found` as a table with what each one is, its range and which way is better."
     def entry(name): return METRICS[name if name in METRICS else name.split("_")[0] + "_<score>"]
     rows = [(name, value, *(entry(name)[i] for i in (2, 1, 0))) for name, value in found.items()]
-    table = pd.DataFrame(rows, columns=["metric", "value", "better", "range", "what it is"]).style.format(precision=4).hide()
-    return table.set_properties(subset=["metric", "better", "range", "what it is"], **{"text-align": "left"}).set_table_styles([dict(selector="th", props="text-align: left")])
+    table = pd.DataFrame(rows, columns=["metric", "value", "better", "range", "what it is"])
+    return HTML("<style>.metrics td, .metrics th {text-align: left !important}</style>" + table.to_html(index=False, classes="metrics", border=0, float_format="{:.4f}".format))
 
 # %% ../nbs/32_evaluation.ipynb #94b92366
 @torch.no_grad()
@@ -125,7 +126,7 @@ def attack(classifier, pixels:Tensor, labels:Tensor, run:Run) -> dict[str, Tenso
 
 def evaluate(classifier, train:ImageSet, validation:ImageSet, test:ImageSet, ood:ImageSet, run:Run) -> tuple[dict[str, float], dict[str, Tensor]]:
     """All `METRICS` of a trained classifier, as a flat dictionary, and the predictions they come from: for the test and the OOD images their index, log-probabilities
-    and scores, the test images' labels and votes, and the log-probabilities under attack."""
+    and scores, the test images' labels and votes, and the log-probabilities under attack. All are rounded as a run keeps them, and the metrics are of the rounded ones."""
     device = next(classifier.parameters()).device
     torch.manual_seed(run.seed)    # for methods that answer at random
     pixels, labels = test.pixels(device), judged_by(test, run).to(device)
@@ -135,11 +136,11 @@ def evaluate(classifier, train:ImageSet, validation:ImageSet, test:ImageSet, ood
     scores["mahalanobis"], ood_scores["mahalanobis"] = (mahalanobis.score(features(classifier, x)) for x in (pixels, ood.pixels(device)))
     kept = dict(index=test.index, labels=labels, gold=test.labels, log_probs=log_probs, ood_index=ood.index, ood_log_probs=ood_log_probs)
     kept |= {f"score_{k}": v for k, v in scores.items()} | {f"ood_score_{k}": v for k, v in ood_scores.items()}
-    kept |= {"again_log_probs": predict(classifier, pixels)[0]}
+    kept |= {"again_predicted": rounded(predict(classifier, pixels)[0]).argmax(1).to(torch.uint8)}
     kept |= {f"{name}_log_probs": predict(classifier, images)[0] for name, images in attack(classifier, pixels, labels, run).items()}
     kept |= dict(validation_labels=judged_by(validation, run), validation_log_probs=predict(classifier, validation.pixels(device))[0])
     if test.counts is not None: kept["counts"] = test.counts.to(torch.uint8)
-    kept = {name: x.cpu() for name, x in kept.items()}
+    kept = {name: rounded(x.cpu()) for name, x in kept.items()}
     return measure(kept, test.posterior), kept
 
 def measure(kept:dict[str, Tensor], posterior:Tensor|None=None) -> dict[str, float]:
@@ -149,7 +150,7 @@ def measure(kept:dict[str, Tensor], posterior:Tensor|None=None) -> dict[str, flo
     T = extras.fit_temperature(kept["validation_log_probs"], metrics.distribution(kept["validation_labels"], p.shape[1]))
     found = label_metrics(p, kept["labels"], counts, posterior) | ood_metrics(scores, ood_scores)
     found |= dict(temperature=T, nll_scaled=metrics.nll(extras.temper(p, T), kept["labels"]), ece_scaled=metrics.ece(extras.temper(p, T), kept["labels"]))
-    found["resampling_flips"] = (p.argmax(1) != kept["again_log_probs"].argmax(1)).double().mean().item()
+    found["resampling_flips"] = (p.argmax(1) != kept["again_predicted"]).double().mean().item()
     for name in ("fgsm", "pgd"):
         if f"{name}_log_probs" in kept: found |= attack_metrics(name, p, kept[f"{name}_log_probs"], kept["labels"])
     return found

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'CHOICES', 'SPLIT', 'among', 'whole', 'real', 'as_is', 'text', 'label', 'unless_none', 'folders',
            'epochs_list', 'companions', 'parameter', 'buildable', 'Run', 'provenance', 'partial_folder', 'begin',
-           'executed_notebook', 'digest', 'checksum', 'save', 'record', 'classifier', 'teachers', 'load']
+           'executed_notebook', 'half', 'rounded', 'digest', 'checksum', 'save', 'record', 'classifier', 'teachers',
+           'load']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
 import csv, functools, hashlib, io, json, math, os, platform, shutil, subprocess
@@ -48,6 +49,7 @@ def epochs_list(name, value):
 # %% ../nbs/40_runs.ipynb #261d8d1c
 PRESETS = dict(
     paper=dict(data="cifar10h", train_size=8000, validation_size=500, test_size=1500, ood_size=1500, epochs=230, warmup=5, milestones=(50, 100, 150, 190, 210)),
+    short=dict(data="cifar10h", train_size=8000, validation_size=500, test_size=1500, ood_size=1500, epochs=12, warmup=1, milestones=(5, 8, 10, 11)),
     demo=dict(data="oracle", train_size=2000, validation_size=250, test_size=750, ood_size=750, epochs=8, warmup=1, milestones=(4, 6, 7)),
 )
 def companions(data:str) -> dict:
@@ -245,6 +247,14 @@ def executed_notebook() -> Path|None:
     except (psutil.Error, IndexError): return None
     return output if output.is_file() else None
 
+def half(x:torch.Tensor) -> torch.Tensor:
+    "`x` as `save` stores it: floating-point numbers in half precision, some three digits, unless one is beyond its range."
+    return x.half() if x.is_floating_point() and x.abs().max() <= torch.finfo(torch.float16).max else x
+
+def rounded(x:torch.Tensor) -> torch.Tensor:
+    "`x` as it comes back from `save` and `load`: half precision again as float32."
+    return half(x).float() if half(x).dtype == torch.float16 else x
+
 def digest(content:bytes) -> str: return hashlib.sha256(content).hexdigest()
 
 def checksum(record:dict) -> str:
@@ -253,15 +263,15 @@ def checksum(record:dict) -> str:
 
 def save(run:Run, record:dict, predictions:dict, history:list[dict], weights:dict|None=None) -> Path:
     """Write the complete folder of `run`, then remove what was partial. `record` joins parameters and provenance in `metrics.json`, `predictions`
-    (name -> tensor) become `predictions.npz`, `history` (a row per epoch) `history.csv`, a classifier's `state_dict` in `weights` becomes `weights.pt`; checksums tell
+    (name -> tensor) become `predictions.npz`, in `half` precision, `history` (a row per epoch) `history.csv`, a classifier's `state_dict` in `weights` becomes `weights.pt`; checksums tell
     later whether they are as they were. Returns the folder. Raises `DataError` if it cannot."""
     temporary = run.folder.with_name(f"{run.folder.name}.{os.getpid()}.tmp")
     finite = lambda x: {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(temporary / "predictions.npz", **{name: x.cpu().numpy() for name, x in predictions.items()})
+        np.savez_compressed(temporary / "predictions.npz", **{name: half(x.cpu()).numpy() for name, x in predictions.items()})
         with open(temporary / "history.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, list(history[0])); table.writeheader(); table.writerows(history)
+            table = csv.DictWriter(file, list(history[0])); table.writeheader(); table.writerows({k: f"{v:.7g}" for k, v in row.items()} for row in history)
         files = {name: digest((temporary / name).read_bytes()) for name in ("predictions.npz", "history.csv")}
         if weights is not None: torch.save(weights, temporary / "weights.pt"); record = record | dict(weights=digest((temporary / "weights.pt").read_bytes()))
         whole = json.loads(json.dumps(finite(dict(parameters=asdict(run), **provenance(), **record, files=files))))
@@ -312,8 +322,8 @@ def teachers(run:Run) -> list[models.Classifier]:
     return [classifier(folder, run.on) for folder in run.teachers]
 
 def load(folder) -> tuple[dict, dict, list[dict]]:
-    "(record, predictions, history) of a complete run folder, as `save` took them. Raises `DataError` as `record` does."
+    "(record, predictions, history) of a complete run folder; predictions are `rounded`. Raises `DataError` as `record` does."
     found, folder = record(folder), project_path(folder)
-    with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: torch.from_numpy(z[k]) for k in z}
+    with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: rounded(torch.from_numpy(z[k])) for k in z}
     with open(folder / "history.csv", newline="") as file: history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     return found, predictions, history
