@@ -24,7 +24,7 @@ notebooks: $(READY)       ## after an edit: export the module, run the lessons, 
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-prompt --TagRemovePreprocessor.remove_input_tags=hide \
 	    --NbConvertApp.output_files_dir=report/readme --output-dir . --output README nbs/index.ipynb
-	sed -i.bak 's/!\[png\]/![Reliability diagrams of a network trained on soft and on hard labels, and their distance to people]/' README.md && rm README.md.bak
+	sed -i.bak 's/!\[png\]/![What soft labels change, measure by measure, with intervals over seeds]/' README.md && rm README.md.bak
 
 benchmark: $(READY)       ## measure this machine and write report/benchmark/, minutes
 	$(BIN)/python -m soft_cifar.benchmark everything report/benchmark

@@ -26,10 +26,10 @@ sns.set_theme(style="ticks", palette="colorblind", font_scale=.9, rc={"figure.dp
 
 # %% ../nbs/51_plots.ipynb #07efbaa2
 def compact_png(figure:Figure) -> bytes:
-    "`figure` as a PNG of 128 colours."
+    "`figure` as a PNG of 64 colours."
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", bbox_inches="tight")
-    Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    figure.savefig(full, format="png")
+    Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
 # %% ../nbs/51_plots.ipynb #8d6d520f

@@ -198,8 +198,8 @@ def execute(study:Study, jobs:int=1, scheduler:str|None=None, repair:bool=False)
         kernels = len(client.scheduler_info(n_workers=-1)["workers"])
         print(f"{kernels} workers on {len(sharing)} machine{'s' * (len(sharing) > 1)}", flush=True)
         made, tasks = {}, {}     # a teacher's future, by its folder; the run of a future
-        for run in wanted:
-            task = client.submit(run_notebook, run, sharing, [made[t] for t in run.teachers if t in made], key=f"{run.cell}/seed-{run.seed}-{os.getpid()}-{start}", pure=False)
+        for n, run in enumerate(wanted):
+            task = client.submit(run_notebook, run, sharing, [made[t] for t in run.teachers if t in made], key=f"{run.cell}/seed-{run.seed}-{os.getpid()}-{start}", priority=-n, pure=False)
             made[shown(run.folder)], tasks[task] = task, run
         with tqdm(total=len(study.runs), initial=done, desc=study.name, unit="run", disable=None) as bar:
             for n, task in enumerate(as_completed(tasks), 1):
@@ -212,7 +212,7 @@ def execute(study:Study, jobs:int=1, scheduler:str|None=None, repair:bool=False)
     print(f"{study.name}: {len(wanted) - len(failures)} runs made in {time.perf_counter() - start:.0f} s" + (f", {len(failures)} failed: run again after a look at their notebooks" if failures else ""))
     return failures
 
-# %% ../nbs/41_study.ipynb #0e5bd74d
+# %% ../nbs/41_study.ipynb #fdc2aa0d
 def gather(study:Study) -> pd.DataFrame:
     "One row per finished run of `study`: `model`, `cell`, every parameter, every metric, `seconds_<phase>`, `parameter_count`, and where it came from."
     rows = []

@@ -1,6 +1,8 @@
 """Every lesson runs, top to bottom, in a fresh process; what is generated is up to date; what papermill needs is there."""
 import ast
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -20,12 +22,24 @@ def source(notebook, tag=None):
     return ["".join(c["source"]) for c in cells if tag is None or tag in c["metadata"].get("tags", [])]
 
 
+processes = multiprocessing.get_context("forkserver")     # its children start with the libraries imported, and share nothing else
+processes.set_forkserver_preload(["torch", "pandas", "seaborn", "scipy.stats", "nbdev.test"])
+
+
+def run_lesson(notebook, said):
+    "Execute `notebook` in this process, with what it prints going to the file `said`; the exit status says whether it went well."
+    os.chdir(notebook.parent)
+    with open(said, "w") as file: os.dup2(file.fileno(), 1); os.dup2(file.fileno(), 2)
+    from nbdev.test import test_nb
+    sys.exit(not test_nb(notebook)[0])
+
+
 @pytest.mark.parametrize("notebook", LESSONS, ids=lambda path: path.stem)
-def test_lesson(notebook):
+def test_lesson(notebook, tmp_path):
     "What `nbdev_test` does for one notebook, in a process of its own so that no lesson sees another's state."
-    code = f"from nbdev.test import test_nb; from pathlib import Path; import sys; sys.exit(not test_nb(Path({str(notebook)!r}))[0])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=notebook.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    process = processes.Process(target=run_lesson, args=(notebook, tmp_path / "said"))
+    process.start(); process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()[-8000:]
 
 
 @pytest.fixture(scope="module")
