@@ -160,8 +160,10 @@ def verdict(claim:Claim, whole:Difference|None, pairs:list, p:float) -> dict:
         against = [c for (c, d), adjusted in zip(pairs, holm([d.p for _, d in pairs])) if adjusted < .05]
         said, p = "contradicted" if against else "supported", min(1., np.nanmin(holm([d.p for _, d in pairs])))
     else:
-        against = [c for c, d in pairs if d.estimate * claim.sign < 0] if claim.kind == "all" else []
+        sure = {c: adjusted < .05 for (c, _), adjusted in zip(pairs, holm([d.p for _, d in pairs]))}
+        against = sorted((c for c, d in pairs if d.estimate * claim.sign < 0), key=lambda c: not sure[c]) if claim.kind == "all" else []
         right, significant = whole.estimate * claim.sign > 0, p < .05
         said = "contradicted" if against or significant and not right else "supported" if significant else "not supported"
     named = "; ".join(" ".join(c[0]) + ("" if claim.kind == "all" and c[0][1] != c[1][1] else f" against {' '.join(c[1])}") for c in against[:2]) + f" and {len(against) - 2} more" * (len(against) > 2)
+    if against and claim.kind == "all" and not sure[against[0]]: named += ", within what seeds vary"
     return dict(estimate=whole.estimate, low=whole.low, high=whole.high, p=p, n=whole.n, verdict=said, counterexamples=named)

@@ -129,6 +129,7 @@ class Run:
     warmup: int|None = parameter(None, whole(0))
     milestones: tuple|None = parameter(None, epochs_list)
     decay: float = parameter(.5, real(low=0, high=1, open_low=True))
+    bfloat16: bool = parameter(False, boolean)
     # what is measured
     fgsm_eps: float = parameter(.005, real(low=0))
     pgd_eps: float = parameter(.005, real(low=0))

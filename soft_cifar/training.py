@@ -77,6 +77,7 @@ class Trainer:
         self.classifier, self.optimiser, self.pixels, self.source, self.run = classifier, optimiser, pixels, source, run
         self.generator, self.total = torch.Generator(pixels.device), torch.zeros((), device=pixels.device)
         self.shape = partial(losses.OBJECTIVES[run.loss], **run.objective)
+        classifier.network.bfloat16 = run.bfloat16
         self.recorded, self.graphs = pixels.is_cuda if recorded is None else recorded, {}     # graphs by batch size
 
     def epoch(self, epoch:int) -> float:
@@ -220,7 +221,7 @@ def fit(
     classifier.eval().finish(pixels)
     return history
 
-# %% ../nbs/31_training.ipynb #9141ee9a
+# %% ../nbs/31_training.ipynb #f242e767
 def plan(run:Run) -> str:
     "One sentence: what `run` will do, on what, and how long its training takes, from the time of two steps measured now."
     device, steps = run.on, math.ceil(run.train_size / run.batch_size)

@@ -6,6 +6,7 @@
 __all__ = ['conv_bn', 'Block', 'ResNet']
 
 # %% ../../nbs/20_resnet.ipynb #94ac1ca3
+import torch
 from torch import Tensor, nn
 from ..checks import InputError
 
@@ -26,12 +27,14 @@ class Block(nn.Module):
 
 # %% ../../nbs/20_resnet.ipynb #f3687a30
 class ResNet(nn.Module):
-    "ResNet for 32x32 images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless depth = 6n + 2."
+    """ResNet for 32x32 images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless depth = 6n + 2.
+    With the attribute `bfloat16` set, the feature maps are in bfloat16 during training; weights, statistics of the normalisation and everything after the last map stay in float32."""
     def __init__(self,
         depth:int=20,    # 8, 14, 20, 32, 44, 56, 98, 110, ...
         classes:int=10,
     ):
         super().__init__()
+        self.bfloat16 = False
         if depth < 8 or (depth - 2) % 6: raise InputError(f"depth={depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, 32, 44, 56, 98 or 110, say")
         n, width = (depth - 2) // 6, 16
         layers = [conv_bn(3, width, 3), nn.ReLU()]
@@ -45,6 +48,7 @@ class ResNet(nn.Module):
 
     def features(self, x:Tensor) -> Tensor:
         "The average of the last feature map, [B,64], for normalised images [B,3,H,W]."
-        return self.body(x).mean((2, 3))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and self.training): maps = self.body(x)
+        return maps.float().mean((2, 3))
 
     def forward(self, x:Tensor) -> Tensor: return self.head(self.features(x))

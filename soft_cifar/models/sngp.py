@@ -39,6 +39,8 @@ class SpectralBound(nn.Module):
         v = torch.randn(1, conv.in_channels, *((1, 1) if pointwise else size), dtype=conv.weight.dtype)
         self.register_buffer("v", power_iteration(conv.weight, v, self.stride, self.padding, steps=10))
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def forward(self, weight:Tensor) -> Tensor:
         v = self.v
         if self.training:
