@@ -186,9 +186,10 @@ def test_published_numbers_come_again_from_other_libraries(folder):
     from torchmetrics.functional.classification import multiclass_calibration_error
     record, kept, _ = runs.load(folder)
     m, y, people = record["metrics"], kept["labels"].numpy(), kept["counts"].double().numpy()
-    p = torch.nn.functional.normalize(kept["log_probs"].double().exp(), p=1, dim=1)
+    as_kept = kept["log_probs"].double().exp()
+    p = torch.nn.functional.normalize(as_kept, p=1, dim=1)     # some of the libraries insist on rows that sum to 1
     again = dict(accuracy=sk.accuracy_score(y, p.argmax(1)), nll=sk.log_loss(y, p.numpy(), labels=range(10)), f1=sk.f1_score(y, p.argmax(1), average="macro"), brier=sk.brier_score_loss(y, p.numpy(), scale_by_half=False),
-                 ece=multiclass_calibration_error(p, kept["labels"], 10, 15).item(), kl_humans=scipy.stats.entropy(people, p.numpy(), axis=1).mean(), entropy_correlation=np.corrcoef(scipy.stats.entropy(people, axis=1), scipy.stats.entropy(p.numpy(), axis=1))[0, 1])
+                 ece=multiclass_calibration_error(as_kept, kept["labels"], 10, 15).item(), kl_humans=scipy.stats.entropy(people, p.numpy(), axis=1).mean(), entropy_correlation=np.corrcoef(scipy.stats.entropy(people, axis=1), scipy.stats.entropy(p.numpy(), axis=1))[0, 1])
     for score in ("max_logit", "entropy", "mahalanobis"):
         inside, outside = kept[f"score_{score}"].numpy(), kept[f"ood_score_{score}"].numpy()
         truth, value = np.repeat([0, 1], [len(inside), len(outside)]), np.concatenate([inside, outside])
