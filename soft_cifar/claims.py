@@ -156,14 +156,14 @@ def verdict(claim:Claim, whole:Difference|None, pairs:list, p:float) -> dict:
     if whole is None or whole.n < 2:
         reason = "cells or metric missing" if whole is None else "one seed"
         return dict(estimate=whole.estimate if whole else math.nan, low=math.nan, high=math.nan, p=math.nan, n=whole.n if whole else 0, verdict=f"not testable: {reason}", counterexamples="")
+    adjusted = holm([d.p for _, d in pairs])
+    sure = [c for (c, _), value in zip(pairs, adjusted) if value < .05]
     if claim.kind == "none":
-        against = [c for (c, d), adjusted in zip(pairs, holm([d.p for _, d in pairs])) if adjusted < .05]
-        said, p = "contradicted" if against else "supported", min(1., np.nanmin(holm([d.p for _, d in pairs])))
+        against, said, p = sure, "contradicted" if sure else "supported", min(1., np.nanmin(adjusted))
     else:
-        sure = {c: adjusted < .05 for (c, _), adjusted in zip(pairs, holm([d.p for _, d in pairs]))}
-        against = sorted((c for c, d in pairs if d.estimate * claim.sign < 0), key=lambda c: not sure[c]) if claim.kind == "all" else []
+        against = sorted((c for c, d in pairs if d.estimate * claim.sign < 0), key=lambda c: c not in sure) if claim.kind == "all" else []
         right, significant = whole.estimate * claim.sign > 0, p < .05
         said = "contradicted" if against or significant and not right else "supported" if significant else "not supported"
     named = "; ".join(" ".join(c[0]) + ("" if claim.kind == "all" and c[0][1] != c[1][1] else f" against {' '.join(c[1])}") for c in against[:2]) + f" and {len(against) - 2} more" * (len(against) > 2)
-    if against and claim.kind == "all" and not sure[against[0]]: named += ", within what seeds vary"
+    if against and against[0] not in sure: named += ", within what seeds vary"
     return dict(estimate=whole.estimate, low=whole.low, high=whole.high, p=p, n=whole.n, verdict=said, counterexamples=named)

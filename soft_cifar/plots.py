@@ -268,7 +268,7 @@ def entropy_against_people(predictions:dict) -> Figure:
     return fig
 
 def cost(gathered) -> Figure:
-    "Seconds of training and of evaluation, of the fastest run of each model type: what else a machine did then is not its cost."
+    "The least seconds of training and of evaluation among the runs of each model type: what else a machine did then is not their cost."
     seconds = gathered.groupby("model", sort=False)[["seconds_fit", "seconds_evaluate"]].min()
     fig, ax = plt.subplots(figsize=(5, .7 + .35 * len(seconds)), layout="constrained")
     ax.barh(seconds.index, seconds.seconds_fit, color=HUMAN, label="training"); ax.barh(seconds.index, seconds.seconds_evaluate, left=seconds.seconds_fit, color=MODEL, label="evaluation")

@@ -39,14 +39,13 @@ class SpectralBound(nn.Module):
         v = torch.randn(1, conv.in_channels, *((1, 1) if pointwise else size), dtype=conv.weight.dtype)
         self.register_buffer("v", power_iteration(conv.weight, v, self.stride, self.padding, steps=10))
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
     def forward(self, weight:Tensor) -> Tensor:
         v = self.v
-        if self.training:
-            v = power_iteration(weight, v, self.stride, self.padding, self.iterations)
-            self.v.copy_(v)
-        return weight * (self.bound / conv_spectral_norm(weight, v, self.stride, self.padding)).clamp(max=1)
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.training:
+                v = power_iteration(weight, v, self.stride, self.padding, self.iterations)
+                self.v.copy_(v)
+            return weight * (self.bound / conv_spectral_norm(weight, v, self.stride, self.padding)).clamp(max=1)
 
 @torch.no_grad()
 def bound_convolutions(network:nn.Module, x:Tensor, bound:float, iterations:int=1) -> None:
