@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from . import metrics
 from .checks import InputError, one_of
+from .claims import CELL
 from .data import ImageSet
 from .stats import paired_differences
+from .tables import COLUMNS, names_of
 
 # %% ../nbs/51_plots.ipynb #86755098
 HUMAN, MODEL, OTHER = sns.color_palette("colorblind")[:3]
@@ -163,10 +165,10 @@ def cases(image_set:ImageSet, log_probs:Tensor, labels:Tensor, order:Tensor, col
 # %% ../nbs/51_plots.ipynb #b267cd2e
 NAMES = {"accuracy": "accuracy", "nll": "log loss, nats", "brier": "Brier score", "ece_10": "ECE", "ece_true_class": '"ECE" as published', "kl_humans": "KL to people, nats",
          "kl_posterior": "KL to the truth, nats", "auroc_max_logit": "OOD AUROC", "fgsm_drop": "FGSM: accuracy lost"}
-HIGHER = ("accuracy", "auroc_max_logit")    # where more is better
+HIGHER = [metric for metric, (*_, best) in COLUMNS.items() if best is max]
 MARKERS = dict(none="o", mixup="s", cutmix="^", ricap="D")
 
-def colors_of(models) -> dict: return dict(zip(models, sns.color_palette("colorblind", len(models))))
+def colors_of(names) -> dict: return dict(zip(names, sns.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))))
 
 def forest(differences, bootstrap:dict|None=None) -> Figure:
     """Differences to hard labels with 95% intervals, a panel per metric and a row per configuration, from `tables.soft_minus_hard` or `tables.against_hard`; the pooled row, if there is one,
@@ -197,17 +199,21 @@ def forest(differences, bootstrap:dict|None=None) -> Figure:
     return fig
 
 def tradeoff(gathered) -> Figure:
-    "Accuracy against OOD detection and against the loss to FGSM: a point per cell, mean over seeds."
-    cells, colors = gathered.groupby(["model", "labels", "mix"], sort=False)[["accuracy", "auroc_max_logit", "fgsm_drop"]].mean().reset_index(), colors_of(gathered.model.unique())
+    """Accuracy against OOD detection and against the loss to FGSM: a point per cell, mean over seeds. A colour is a model type, filled for soft labels; where there are other labels than
+    soft and hard, it is a cell."""
+    means = gathered.groupby(CELL, sort=False)[["accuracy", "auroc_max_logit", "fgsm_drop"]].mean()
+    two, names = set(gathered.labels) <= {"soft", "hard"}, names_of(means.index)
+    cells = means.reset_index().assign(color=[cell[0] if two else names[cell] for cell in means.index])
+    colors = colors_of(cells.color.unique())
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
     for ax, name, better in ((axes[0], "auroc_max_logit", "up"), (axes[1], "fgsm_drop", "down")):
         for _, c in cells.iterrows():
-            ax.plot(c.accuracy, c[name], MARKERS[c.mix], color=colors[c.model], mfc=colors[c.model] if c.labels == "soft" else "none", ms=6)
-        ax.set(xlabel="accuracy", ylabel=f"{NAMES[name]} ({better} is better)")
+            ax.plot(c.accuracy, c[name], MARKERS[c.mix], color=colors[c.color], mfc="none" if two and c.labels == "hard" else colors[c.color], ms=6)
+        ax.set(xlabel="accuracy", ylabel=f"{NAMES[name]}\n({better} is better)")
     named = lambda c: f"{c.model}, {c.labels}" + (f", {c.mix}" if c.mix != "none" else "")
     axes[0].set_title(f"Best detector: {named(cells.loc[cells.auroc_max_logit.idxmax()])}", fontsize=10); axes[1].set_title(f"Most robust: {named(cells.loc[cells.fgsm_drop.idxmin()])}", fontsize=10)
-    handles = [plt.Line2D([], [], ls="", marker="o", color=color, label=model) for model, color in colors.items()]
-    handles += [plt.Line2D([], [], ls="", marker=m, color="grey", mfc=f, label=label) for m, f, label in (("o", "grey", "soft"), ("o", "none", "hard"))]
+    handles = [plt.Line2D([], [], ls="", marker="o", color=color, label=name) for name, color in colors.items()]
+    handles += [plt.Line2D([], [], ls="", marker="o", color="grey", mfc=fill, label=label) for fill, label in (("grey", "soft"), ("none", "hard")) if two]
     handles += [plt.Line2D([], [], ls="", marker=m, color="grey", label=mix) for mix, m in MARKERS.items() if mix != "none" and (cells.mix == mix).any()]
     fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return fig
@@ -244,7 +250,7 @@ def ood_scores(gathered) -> Figure:
             if len(values): ax.plot(values.mean(), y, "|", color=colors[model], ms=8, mew=2)
     ax.axvline(.5, color="grey", lw=.8); ax.set(yticks=range(len(scores)), yticklabels=[s.removeprefix("auroc_").replace("_", " ") for s in scores], ylim=(len(scores) - .5, -.5), xlabel="OOD AUROC (grey line: chance)")
     means = gathered.groupby("model")[scores].mean().stack()
-    fig.suptitle(f"Best: {means.idxmax()[1].removeprefix('auroc_').replace('_', ' ')} of {means.idxmax()[0]}, AUROC {means.max():.3f}", fontsize=11)
+    ax.set_title(f"Best: {means.idxmax()[1].removeprefix('auroc_').replace('_', ' ')} of {means.idxmax()[0]}, AUROC {means.max():.3f}", fontsize=10)
     fig.legend(handles=[plt.Line2D([], [], ls="", marker="|", mew=2, ms=8, color=c, label=m) for m, c in colors.items()], loc="outside right upper", frameon=False, fontsize=8)
     return fig
 
