@@ -10,7 +10,7 @@ __all__ = ['KEYS', 'Loader', 'Study', 'load', 'notebook_of', 'state', 'status', 
 import contextlib, json, math, os, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-import pandas as pd, papermill, yaml
+import dask, pandas as pd, papermill, yaml
 from distributed import Client, LocalCluster, as_completed, get_worker
 from papermill.exceptions import PapermillExecutionError
 from nbclient.exceptions import DeadKernelError
@@ -165,9 +165,10 @@ def run_notebook(run:Run, sharing:dict[str, int], teachers:list[str]) -> str:
 def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):
     """A Dask client with no more local workers than `most`, and by host how many runs share its cores. Raises `StudyError` if nobody answers at the
     address `scheduler` within `patience` seconds."""
+    quiet = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s", "distributed.admin.tick.cycle": "10s"}     # unasked, Dask looks at itself 50 to 100 times a second
     def hosts(client): return [(host_of(address), worker["nthreads"]) for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()]
     if scheduler is None:
-        with LocalCluster(n_workers=min(jobs, most), threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL") as cluster, Client(cluster) as client:
+        with dask.config.set(quiet), LocalCluster(n_workers=min(jobs, most), threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL") as cluster, Client(cluster) as client:
             yield client, {host: jobs for host, _ in hosts(client)}
         return
     try: client = Client(scheduler, timeout=patience)
