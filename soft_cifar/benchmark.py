@@ -10,6 +10,7 @@ __all__ = ['WAYS', 'Pictures', 'pil_epoch', 'plain_sgd', 'plain_step', 'plain_ep
 # %% ../nbs/benchmark.ipynb #b643c5eb
 import json, os, resource, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 import torch
 import pandas as pd
@@ -19,7 +20,7 @@ from .runs import Run
 
 # %% ../nbs/benchmark.ipynb #4fa2ad0a
 class Pictures(torch.utils.data.Dataset):
-    "PIL images one by one, through torchvision's form of the report's augmentation."
+    "PIL images one by one, through torchvision's form of the published augmentation."
     def __init__(self, image_set, targets):
         from torchvision import transforms as T
         self.images, self.targets = image_set.images.numpy(), targets
@@ -64,21 +65,21 @@ def prepare(method:str, images:int, **options):
     run, train = Run(method=method, data="oracle", train_size=images, **options), data.load("oracle").subset(torch.arange(images))
     return run, train, models.create(method, run.seed, **run.model)
 
-def trainer_of(run:Run, train, classifier, recorded:bool|None=None, words:str="soft") -> training.Trainer:
+def trainer_of(run:Run, train, classifier, words:str="soft") -> training.Trainer:
     "What `training.fit` trains with."
     classifier.to(run.on, memory_format=classifier.memory_format)
-    return training.Trainer(classifier, training.sgd(classifier, run), train.pixels(run.on), labels.create(words, train).to(run.on), run, recorded)
+    return training.Trainer(classifier, training.sgd(classifier, run), train.pixels(run.on), labels.create(words, train).to(run.on), run)
 
 def measure(method:str, way:str, epochs:int=2) -> dict:
     "Train `method` in one of `WAYS` for `epochs` epochs, of 64 steps on a GPU and of 4 on a CPU, after one that does not count. Returns images per second, seconds before the first step ended, and memory in bytes."
     images, start = 8192 if torch.cuda.is_available() else 512, time.perf_counter()
-    run, train, classifier = prepare(method, images, bfloat16=way == "bf16")
+    run, train, classifier = prepare(method, images, bfloat16=way == "bf16", recorded=way in ("graph", "bf16"))
     if one_of("way", way, WAYS) in ("pil", "plain"):
         classifier.to(run.on)
         epoch = (pil_epoch if way == "pil" else plain_epoch)(classifier, plain_sgd(classifier, run), train, run)
     else:
         training.keep_freed_memory()
-        trainer = trainer_of(run, train, classifier, recorded=way in ("graph", "bf16"))
+        trainer = trainer_of(run, train, classifier)
         epoch = lambda: trainer.epoch(0)
     def timed():
         begun = time.perf_counter(); epoch()
@@ -103,7 +104,7 @@ def floors(method:str="basic", batch_size:int=128) -> dict:
     run = Run(method=method)
     classifier, x, y = models.create(method, 0, **run.model).to(run.on), torch.rand(batch_size, 3, 32, 32, device=run.on, requires_grad=True), torch.full((batch_size, 10), .1, device=run.on)
     traffic, seen = [], lambda module, inputs, output: traffic.append(5 * output.numel() * output.element_size())
-    hooks = [m.register_forward_hook(seen) for m in classifier.modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(seen) for m in classifier.modules() if isinstance(m, torch.nn.Conv2d) or not list(m.children())]
     with FlopCounterMode(display=False) as counted: classifier.loss(x, y).backward()
     for hook in hooks: hook.remove()
     def best(f, n=8):
@@ -116,19 +117,19 @@ def floors(method:str="basic", batch_size:int=128) -> dict:
     side = 8192 if run.on.type == "cuda" else 1536
     a, big = torch.rand(side, side, device=run.on), torch.rand(2**28 if run.on.type == "cuda" else 2**25, device=run.on)
     target = torch.empty_like(big)
+    torch.backends.cuda.matmul.allow_tf32 = True     # as PyTorch's convolutions on a GPU have it, unasked
     flops, bandwidth = 2 * side**3 / best(lambda: a @ a), 2 * big.numel() * 4 / best(lambda: target.copy_(big))
+    torch.backends.cuda.matmul.allow_tf32 = False
     return dict(method=method, flop=counted.get_total_flops(), bytes=sum(traffic), flops=flops, bandwidth=bandwidth, compute_floor=counted.get_total_flops() / flops, memory_floor=sum(traffic) / bandwidth)
 
 # %% ../nbs/benchmark.ipynb #1b1da4c6
 def replay_difference(method:str, mix:str) -> dict:
-    "The largest relative difference between the losses of four epochs of five steps, replayed and taken one by one, in float32 with deterministic algorithms. Needs a GPU."
+    "The largest relative difference between the losses of four epochs of five steps, replayed and taken one by one, with deterministic algorithms. Needs a GPU."
     run = Run(preset="demo", method=method, mix=mix, mix_probability=.5, labels="ols", train_size=300, depth=8, batch_size=64)
     train, *_ = data.split(data.load("oracle"), (300, 1, 1), 0)
     def losses(recorded):
-        trainer = trainer_of(run, train, models.create(method, 0, **run.model), recorded, "ols")
-        found = [trainer.epoch(epoch) for epoch in range(4)]
-        if trainer.recorded != recorded: raise RuntimeError(f"{method} with {mix} could not be recorded")
-        return found
+        trainer = trainer_of(replace(run, recorded=recorded), train, models.create(method, 0, **run.model), "ols")
+        return [trainer.epoch(epoch) for epoch in range(4)]
     torch.use_deterministic_algorithms(True)
     try: return dict(method=method, mix=mix, difference=max(abs(a / b - 1) for a, b in zip(losses(True), losses(False))))
     finally: torch.use_deterministic_algorithms(False)
@@ -198,7 +199,7 @@ def parts(rounds:int) -> dict:
 def everything(place:Path) -> None:
     "Measure part after part into the file `place`. Parts that it has from this commit stay, so that an interrupted measurement continues."
     found, made = json.loads(place.read_text()) if place.exists() else {}, runs.provenance()
-    if found.get("commit") != made["commit"]: found = made
+    if not found or found["commit"] != made["commit"]: found = made
     for name, part in parts(1 if torch.cuda.is_available() else 3).items():
         if name in found: print(f"{name}: in {shown(place)}, delete it to measure again", flush=True); continue
         start, found[name] = time.perf_counter(), part()

@@ -34,7 +34,7 @@ def one_of(what:str, value, valid) -> object:
     if any(type(value) is type(v) and value == v for v in valid): return value
     near = difflib.get_close_matches(str(value), [str(v) for v in valid], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"{what}={value!r} is not known: {hint}Valid: {', '.join(repr(v) for v in valid)}")
+    raise InputError(f"{what}={value!r} is not known: {hint}" + (f"Valid: {', '.join(map(repr, valid))}" if valid else "there is none"))
 
 # %% ../nbs/00_checks.ipynb #6ed3229c
 def boolean(what:str, value) -> bool:
@@ -48,7 +48,7 @@ def number(what:str, value, kind:type=float, low=-math.inf, high=math.inf, open_
     if fits and (low < value if open_low else low <= value) and (value < high if open_high else value <= high): return kind(value)
     noun = "a whole number" if kind is int else "a number"
     ends = [f"{'>' if open_low else '>='} {low}"] * (low > -math.inf) + [f"{'<' if open_high else '<='} {high}"] * (high < math.inf)
-    raise InputError(f"{what}={value!r} ({type(value).__name__}) is out of range: expected {noun} {' and '.join(ends)}".rstrip())
+    raise InputError(f"{what}={value!r} ({type(value).__name__}) is not usable: expected {noun} {' and '.join(ends)}".rstrip())
 
 # %% ../nbs/00_checks.ipynb #cf5f8020
 def project_path(path="") -> Path:

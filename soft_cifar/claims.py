@@ -58,7 +58,7 @@ def published() -> pd.DataFrame:
     table[["accuracy", "accuracy_spread"]] /= 100
     return table.set_index(CELL)
 
-# %% ../nbs/52_claims.ipynb #9a51536a
+# %% ../nbs/52_claims.ipynb #24aed9a5
 MODELS, MIXED = ("basic", "dropout, no aug", "dropout", "duq", "sngp"), ("mixup", "cutmix")
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ CLAIMS = (
     Claim("SNGP on soft labels is the best OOD detector of all", "auroc_max_logit", tuple((("sngp", "soft", "none"), (m, l, mix)) for m in MODELS for l in ("soft", "hard") for mix in ("none", *MIXED) if (m, l, mix) != ("sngp", "soft", "none")), 1, "all"),
 )
 
-# %% ../nbs/52_claims.ipynb #24aed9a5
+# %% ../nbs/52_claims.ipynb #b2dfe7da
 def weights_of(contrasts) -> dict[tuple, float]:
     "The weight of each cell in the mean over `contrasts`."
     weights = {}
@@ -112,7 +112,7 @@ def weights_of(contrasts) -> dict[tuple, float]:
         for cell, sign in zip(contrast, (1, -1, -1, 1)): weights[cell] = weights.get(cell, 0) + sign / len(contrasts)
     return weights
 
-# %% ../nbs/52_claims.ipynb #ecd96c46
+# %% ../nbs/52_claims.ipynb #0c1b4638
 def from_means(table:pd.DataFrame, metric:str, contrasts) -> Difference|None:
     "The mean over `contrasts` of `metric` in a table as `published` gives it. None where it lacks a cell or the metric."
     weights = weights_of(contrasts)
@@ -124,7 +124,7 @@ def from_means(table:pd.DataFrame, metric:str, contrasts) -> Difference|None:
     half = scipy.stats.t.ppf(.975, freedom) * error
     return Difference(estimate, float(estimate - half), float(estimate + half), float(2 * scipy.stats.t.sf(abs(estimate) / error, freedom)), int(rows.seeds.min()))
 
-# %% ../nbs/52_claims.ipynb #983a3496
+# %% ../nbs/52_claims.ipynb #ecc50680
 def by_seed(gathered:pd.DataFrame) -> dict[str, pd.DataFrame]:
     "For each metric of a table as `study.gather` gives it: its values, a row per seed and a column per cell."
     indexed = gathered.set_index(["seed", *CELL]).select_dtypes("number")
@@ -138,7 +138,7 @@ def from_runs(table:dict[str, pd.DataFrame], metric:str, contrasts) -> Differenc
     rows = rows[np.isfinite(rows).all(1)]
     return paired_differences(rows @ list(weights.values()), np.zeros(len(rows))) if len(rows) else None
 
-# %% ../nbs/52_claims.ipynb #ecc50680
+# %% ../nbs/52_claims.ipynb #92f8877b
 def judge(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
     "One row per claim: how many of its contrasts are there, estimate, low, high, p (Holm), n, verdict and counterexamples, by `estimate`: `from_means` for a published table, `from_runs` for one `by_seed`."
     rows = []

@@ -67,7 +67,7 @@ class ImageSet:
     @property
     def probs(self) -> Tensor:
         "The human distribution, counts over their row sum, float64 [N,K]. Raises `DataError` where nobody voted."
-        if self.counts is None: raise DataError(f"{self.name} has no votes: use labels='gold', or a set with votes (cifar10h, oracle)")
+        if self.counts is None: raise DataError(f"{self.name} has no votes: use labels='gold' and test_labels='gold', or a set with votes (cifar10h, oracle)")
         return self.counts.double() / self.counts.sum(1, keepdim=True)
 
     @property

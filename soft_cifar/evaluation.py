@@ -20,7 +20,7 @@ METRICS = {   # name: (what it is, range, which way is better)
     "nll": ("mean negative log-likelihood of the test label", "nats, from 0", "lower"),
     "brier": ("squared error of the distribution against the one-hot label", "0 to 2", "lower"),
     "ece": ("expected calibration error of the top label, 15 bins", "0 to 1", "lower"),
-    "ece_10": ("the same with the report's 10 bins", "0 to 1", "lower"),
+    "ece_10": ("the same with the published study's 10 bins", "0 to 1", "lower"),
     "ece_equal_mass": ("the same with 15 bins of equal mass", "0 to 1", "lower"),
     "ece_true_class": ("the published study's variant: binned by the true class's probability, 10 bins", "0 to 1", "not a calibration error"),
     "ece_unanimous": ("ece on images whose voters all agree", "0 to 1", "lower"),

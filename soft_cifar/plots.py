@@ -192,8 +192,10 @@ def forest(differences, bootstrap:dict|None=None) -> Figure:
     sure = [f"{NAMES.get(d.metric, d.metric)} {d.estimate:+.3f}" for d in pooled.itertuples() if d.low > 0 or d.high < 0]
     told = f"Soft labels change {', '.join(sure[:2])}{f' and {len(sure) - 2} more' if len(sure) > 2 else ''}" if sure else "No metric differs beyond what seeds vary"
     if not len(pooled):
-        good = differences[differences.metric == metrics_[-1]].set_index("configuration").estimate * (1 if metrics_[-1] in HIGHER else -1)
-        told = f"Best in {NAMES.get(metrics_[-1], metrics_[-1])}: {good.idxmax()} ({differences[differences.metric == metrics_[-1]].set_index('configuration').estimate[good.idxmax()]:+.3f} against hard labels)"
+        last, more = differences[differences.metric == metrics_[-1]].set_index("configuration"), metrics_[-1] in HIGHER
+        ahead = last.estimate[last.low > 0 if more else last.high < 0]
+        best = (ahead.idxmax() if more else ahead.idxmin()) if len(ahead) else None
+        told = f"Best in {NAMES.get(metrics_[-1], metrics_[-1])}: {best} ({ahead[best]:+.3f} against hard labels)" if best else f"None is better than hard labels in {NAMES.get(metrics_[-1], metrics_[-1])} beyond what seeds vary"
     fig.suptitle(told, fontsize=11)
     fig.supxlabel("soft minus hard (green: soft is better)" if len(pooled) else "minus hard labels (green: better than they)", fontsize=9)
     return fig
@@ -202,16 +204,16 @@ def tradeoff(gathered) -> Figure:
     """Accuracy against OOD detection and against the loss to FGSM: a point per cell, mean over seeds. A colour is a model type, filled for soft labels; where there are other labels than
     soft and hard, it is a cell."""
     means = gathered.groupby(CELL, sort=False)[["accuracy", "auroc_max_logit", "fgsm_drop"]].mean()
-    two, names = set(gathered.labels) <= {"soft", "hard"}, names_of(means.index)
-    cells = means.reset_index().assign(color=[cell[0] if two else names[cell] for cell in means.index])
+    two = set(gathered.labels) <= {"soft", "hard"}
+    cells = means.reset_index().assign(name=[", ".join(word for word in cell if word != "none") for cell in means.index] if two else names_of(means.index).values())
+    cells["color"] = cells.model if two else cells.name
     colors = colors_of(cells.color.unique())
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
     for ax, name, better in ((axes[0], "auroc_max_logit", "up"), (axes[1], "fgsm_drop", "down")):
         for _, c in cells.iterrows():
             ax.plot(c.accuracy, c[name], MARKERS[c.mix], color=colors[c.color], mfc="none" if two and c.labels == "hard" else colors[c.color], ms=6)
         ax.set(xlabel="accuracy", ylabel=f"{NAMES[name]}\n({better} is better)")
-    named = lambda c: f"{c.model}, {c.labels}" + (f", {c.mix}" if c.mix != "none" else "")
-    axes[0].set_title(f"Best detector: {named(cells.loc[cells.auroc_max_logit.idxmax()])}", fontsize=10); axes[1].set_title(f"Most robust: {named(cells.loc[cells.fgsm_drop.idxmin()])}", fontsize=10)
+    axes[0].set_title(f"Best detector: {cells.name[cells.auroc_max_logit.idxmax()]}", fontsize=10); axes[1].set_title(f"Most robust: {cells.name[cells.fgsm_drop.idxmin()]}", fontsize=10)
     handles = [plt.Line2D([], [], ls="", marker="o", color=color, label=name) for name, color in colors.items()]
     handles += [plt.Line2D([], [], ls="", marker="o", color="grey", mfc=fill, label=label) for fill, label in (("grey", "soft"), ("none", "hard")) if two]
     handles += [plt.Line2D([], [], ls="", marker=m, color="grey", label=mix) for mix, m in MARKERS.items() if mix != "none" and (cells.mix == mix).any()]

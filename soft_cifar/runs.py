@@ -137,6 +137,7 @@ class Run:
     attack_samples: int = parameter(1, whole(1))
     # where
     device: str = parameter("auto", among(("auto", "cpu", "cuda")), place=True)
+    recorded: bool = parameter(True, boolean, place=True)
     data_root: str = parameter("", text, place=True)
     output: str = parameter("runs", text, place=True)
     keep_weights: bool = parameter(False, boolean, place=True)
@@ -157,6 +158,8 @@ class Run:
                 f"{f.name}={value!r} has no effect on {kind} {chosen!r}: leave it out, or choose one that takes it ({', '.join(x for x in known() if f.name in takes(x))})")
         if "teachers" in label_sources.parameters_of(self.labels) and not self.teachers: raise InputError(
             f"labels={self.labels!r} without teachers, expected a list of finished runs: from a shell -y 'teachers: [runs/<study>/<cell>/seed-{self.seed}]', in a study file the names of models above")
+        if "_mt_" in self.labels and self.loss != "cross_entropy": raise InputError(
+            f"labels={self.labels!r} with loss={self.loss!r}: the sum of the losses to each teacher is taken as a multiple of the loss to their mean, which holds for cross_entropy only; use it, or labels={self.labels.replace('_mt_', '_en_')!r}")
         buildable(self.method, **self.model)
 
     @classmethod

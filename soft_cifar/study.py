@@ -109,7 +109,7 @@ def state(run:Run) -> tuple[str, str]:
     if run.folder.exists():
         try: record = runs.record(run.folder)
         except DataError as error: return "damaged", str(error)
-        here = ["device", "data_root", "output"] + ["keep_weights"] * (not run.keep_weights)
+        here = ["device", "recorded", "data_root", "output"] + ["keep_weights"] * (not run.keep_weights)
         as_saved = lambda value: json.loads(json.dumps(value))
         other = [f.name for f in fields(Run) if f.name not in here and record["parameters"].get(f.name, as_saved(f.default)) != as_saved(getattr(run, f.name))]
         return ("damaged", f"{shown(run.folder)} holds another run: {', '.join(other)} differ from the study file") if other else ("done", "")
@@ -134,7 +134,7 @@ def host_of(address:str) -> str: return address.split("://")[-1].rsplit(":", 1)[
 
 def run_papermill(notebook:str, output:Path, parameters:dict):
     "Execute `nbs/<notebook>` with `parameters` into the file `output`, in which no path of this machine stays. Returns the executed notebook; raises what papermill raises."
-    executed = papermill.execute_notebook(project_path("nbs") / notebook, output, parameters, kernel_name="python3", progress_bar=False, cwd=project_path("nbs"), extra_arguments=["--IPKernelApp.log_level=50"])
+    executed = papermill.execute_notebook(project_path("nbs") / notebook, output, parameters, kernel_name="python3", progress_bar=False, cwd=project_path(), extra_arguments=["--IPKernelApp.log_level=50"])
     output.write_text(output.read_text().replace(f"{project_path()}{os.sep}", ""))
     return executed
 

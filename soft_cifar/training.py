@@ -7,7 +7,7 @@ __all__ = ['learning_rate', 'epoch_seed', 'shuffled', 'batch', 'Progress', 'dura
            'write_checkpoint', 'read_checkpoint', 'keep_freed_memory', 'Diverged', 'fit', 'plan']
 
 # %% ../nbs/31_training.ipynb #f2f5bbb8
-import copy, ctypes, math, os, platform, time
+import ctypes, math, os, platform, time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -72,13 +72,13 @@ def duration(seconds:float) -> str:
 
 # %% ../nbs/31_training.ipynb #513b0374
 class Trainer:
-    "Trains `classifier` step by step on `pixels` [N,3,32,32], with `source` on the same device; `recorded` replays a CUDA graph, None: on a GPU."
-    def __init__(self, classifier, optimiser, pixels:Tensor, source, run:Run, recorded:bool|None=None):
+    "Trains `classifier` step by step on `pixels` [N,3,32,32], with `source` on the same device; on a GPU, unless `run.recorded` is False, by replaying CUDA graphs."
+    def __init__(self, classifier, optimiser, pixels:Tensor, source, run:Run):
         self.classifier, self.optimiser, self.pixels, self.source, self.run = classifier, optimiser, pixels, source, run
         self.generator, self.total = torch.Generator(pixels.device), torch.zeros((), device=pixels.device)
         self.shape = partial(losses.OBJECTIVES[run.loss], **run.objective)
         classifier.network.bfloat16 = run.bfloat16
-        self.recorded, self.graphs = pixels.is_cuda if recorded is None else recorded, {}     # graphs by batch size
+        self.recorded, self.graphs = pixels.is_cuda and run.recorded, {}     # graphs by batch size
 
     def epoch(self, epoch:int) -> float:
         "One epoch (from 0); returns the mean loss, in nats per image."
@@ -101,13 +101,11 @@ class Trainer:
         self.total += loss.detach() * len(x)
 
     def replay(self, index:Tensor) -> None:
-        "`step`, recorded at the first batch of this size."
+        "`step`, recorded at the first batch of this size. Raises `StudyError` where that fails."
         if len(index) not in self.graphs:
             try: self.graphs[len(index)] = self.record(index)
             except RuntimeError as error:
-                print(f"CUDA graph not recorded ({str(error).splitlines()[0]}): steps are taken one by one")
-                self.recorded = False
-                return self.step(index)
+                raise StudyError(f"a training step could not be recorded as a CUDA graph ({str(error).splitlines()[0]}): take steps one by one with recorded=False") from error
         graph, positions, _ = self.graphs[len(index)]
         positions.copy_(index); graph.replay()
 
@@ -238,4 +236,4 @@ def plan(run:Run) -> str:
     where = f"{torch.cuda.get_device_name()}" if device.type == "cuda" else f"the CPU (no GPU; threads: {torch.get_num_threads()})" if run.device == "auto" else "the CPU"
     advice = "" if seconds < 1200 else ". For a first look in minutes: preset='demo'"
     return (f"{run.method} on {run.labels} labels of {run.data}, mix {run.mix}, augmentation {'on' if run.augment else 'off'}: {run.epochs} epochs of {run.train_size:,} images "
-            f"on {where}, about {duration(seconds)}{advice}")
+            f"on {where}, {'at most' if device.type == 'cuda' else 'about'} {duration(seconds)}{advice}")     # recorded steps and bfloat16 only make it less

@@ -146,6 +146,17 @@ def test_teachers_come_first(tmp_path):
     assert again.returncode == 1 and "holds no weights" in again.stdout, again.stdout + again.stderr
 
 
+def test_a_copy_runs_its_own_code(tmp_path):
+    "As on a host where the package is not installed: command, worker and kernel take it from the folder they are started in."
+    shutil.copytree(ROOT / "soft_cifar", tmp_path / "soft_cifar"); shutil.copytree(ROOT / "nbs", tmp_path / "nbs"); shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "soft_cifar" / "__init__.py").write_text('__version__ = "a copy"\n')
+    file = study_in(tmp_path, "shared: {preset: demo, depth: 8, epochs: 1, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}\nmodels: {basic: {}}\nseeds: [0]\n")
+    done = subprocess.run(command("study", file), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [run] = study.load(file).runs
+    assert runs.record(run.folder)["versions"]["soft_cifar"] == "a copy"
+
+
 def test_150_runs_in_a_minute(tmp_path):
     "The published grid, made of random predictions: gathered and reported in under 60 s and 2 GB."
     (tmp_path / "runs").mkdir()

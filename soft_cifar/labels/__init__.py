@@ -118,5 +118,5 @@ def parameters_of(name:str) -> list[str]:
 
 def create(name:str, image_set:ImageSet, /, **parameters):   # -> Table
     "The label source `name` over `image_set`. Raises `InputError` for an unknown name or parameter, `DataError` where it needs votes and there are none."
-    for parameter in parameters: one_of(f"parameter of labels {name!r}", parameter, parameters_of(name))
+    for parameter in parameters: one_of(f"labels {name!r}: parameter", parameter, parameters_of(name))
     return sources()[one_of("labels", name, sources())](image_set, **parameters)

@@ -7,6 +7,7 @@ __all__ = ['answer', 'device_of', 'fit_to_teach', 'answers', 'Taught', 'single',
            'on_en_ldl', 'on_mt_ldl', 'Distilled', 'kd', 'virtual_teacher', 'tf_kd']
 
 # %% ../../nbs/06_teachers.ipynb #6ea48311
+import math
 import torch
 from torch import Tensor
 from ..checks import InputError, number
@@ -19,7 +20,7 @@ from ..losses import distillation
 @torch.no_grad()
 def answer(teachers, x:Tensor) -> Tensor:
     "The mean of the teachers' distributions, log-probabilities [B,K], for images `x` [B,3,32,32]."
-    return torch.stack([teacher.log_probs(x) for teacher in teachers]).exp().mean(0).log()
+    return torch.stack([teacher.log_probs(x) for teacher in teachers]).logsumexp(0) - math.log(len(teachers))
 
 def device_of(teacher): return next(teacher.buffers()).device
 
@@ -63,7 +64,7 @@ def off_en_ldl(image_set:ImageSet, teachers=()) -> Taught:
     return Taught(image_set, teachers, online=False)
 
 def off_mt_ldl(image_set:ImageSet, teachers=()) -> Taught:
-    "The sum of the losses to each teacher: as many times the loss to their mean, because the losses here are linear in the target."
+    "The sum of the losses to each teacher: as many times the loss to their mean, because cross-entropy is linear in the target."
     return Taught(image_set, teachers, online=False, times=len(teachers))
 
 def on_ldl(image_set:ImageSet, teachers=()) -> Taught:

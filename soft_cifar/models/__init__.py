@@ -90,7 +90,7 @@ def parameters_of(method:str) -> list[str]:
 
 def create(method:str, seed:int=0, **parameters) -> Classifier:
     "A classifier of `method` whose initial weights depend on `seed` alone. Raises `InputError` for an unknown method or parameter."
-    for name in parameters: one_of(f"parameter of method {method!r}", name, parameters_of(method))
+    for name in parameters: one_of(f"method {method!r}: parameter", name, parameters_of(method))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return methods()[one_of("method", method, methods())](**parameters)

@@ -133,7 +133,7 @@ class SNGP(Classifier):
     """Method `sngp`: spectral-normalised Gaussian process (Liu et al. 2020), a ResNet with bounded convolutions and a `RandomFeatureGP` for a head.
     Raises `InputError` for bound <= 0, power_iterations < 1, random_features < 1, feature_scale <= 0, ridge <= 0, mean_field < 0."""
     def __init__(self, depth:int=20, classes:int=10, mean=(.5, .5, .5), std=(.25, .25, .25),
-        bound:float=3.,            # largest spectral norm of a convolution (the report's; the authors' CIFAR recipe: 6)
+        bound:float=3.,            # largest spectral norm of a convolution (the published study's; the authors' CIFAR recipe: 6)
         power_iterations:int=1,    # each training step
         random_features:int=1024,  # D, of the Gaussian process
         feature_scale:float=.05,   # s: 1/s is the kernel's length scale
