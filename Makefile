@@ -34,11 +34,12 @@ benchmark: $(READY)       ## measure this machine and write report/benchmark/, m
 
 # The report, and its pyarrow and JupyterLab, stay at home.
 HOST_PYTHON ?= 3.12
+HOST_HAS ?= numpy
 WHEELS := matplotlib seaborn jinja2 pandas scipy pyyaml distributed ipykernel psutil papermill
-wheelhouse: $(READY)      ## what an offline Linux host with torch, torchvision and numpy lacks: make wheelhouse HOST_PYTHON=3.12
+wheelhouse: $(READY)      ## what an offline Linux host with torch, torchvision and $HOST_HAS lacks: make wheelhouse HOST_PYTHON=3.12 HOST_HAS="numpy scipy"
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest wheelhouse --constraint constraints.txt --only-binary :all: \
 	    --python-version $(HOST_PYTHON) $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux2014_x86_64 manylinux_2_17_x86_64) $(WHEELS)
-	rm -f wheelhouse/numpy-*.whl
+	rm -f $(foreach name,$(HOST_HAS),wheelhouse/$(name)-*.whl)
 	@du -sh wheelhouse
 
 clean:                    ## the environment, the demo and caches; runs, reports and data stay

@@ -221,7 +221,8 @@ def fit(
 
 # %% ../nbs/31_training.ipynb #f242e767
 def plan(run:Run) -> str:
-    "One sentence: what `run` will do, on what, and how long its training takes, from the time of two steps measured now."
+    "One sentence: what `run` will do, on what, and how long its training takes, from the fastest of three steps measured now."
+    keep_freed_memory()     # as `fit` does: without, a step may take twice as long
     device, steps = run.on, math.ceil(run.train_size / run.batch_size)
     classifier, g = models.create(run.method, 0, **run.model), torch.Generator(device).manual_seed(0)
     classifier.to(device, memory_format=classifier.memory_format)

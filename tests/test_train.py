@@ -23,10 +23,18 @@ def command(out, **parameters):
     return [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(out), "--no-progress-bar", *words]
 
 
-def papermill(out, cwd=ROOT, env=None, **parameters):
+def papermill(out, cwd=ROOT, **parameters):
     words = command(out, **parameters)
     if cwd != ROOT: words[3] = str(ROOT / "nbs" / "train.ipynb")
-    return subprocess.run(words, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+
+
+def side_by_side(place, wanted, env=None):
+    "Execute `wanted`, name to parameters, at the same time; the folder of each."
+    processes = {name: subprocess.Popen(command(place / f"{name}.ipynb", output=place / name, **parameters), cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name, parameters in wanted.items()}
+    said = {name: process.communicate()[1] for name, process in processes.items()}
+    for name, process in processes.items(): assert process.returncode == 0, said[name][-3000:]
+    return {name: only_run(place / name) for name in wanted}
 
 
 def only_run(output): return next(Path(output).glob("*/*/seed-*"))
@@ -61,11 +69,7 @@ def test_metrics_come_again_from_predictions(tiny):
 @pytest.mark.parametrize("method, score", [("dropout", "mutual_information"), ("sngp", "gp_variance"), ("duq", "max_kernel")])
 def test_methods(tmp_path, method, score):
     "Every method trains and is measured with its own score; the one that draws at random predicts the same twice."
-    folders = []
-    for place in ("one", "two") if method == "dropout" else ("one",):
-        done = papermill(tmp_path / f"{place}.ipynb", method=method, output=tmp_path / place, **(TINY | dict(epochs=2)))
-        assert done.returncode == 0, done.stderr[-3000:]
-        folders.append(only_run(tmp_path / place))
+    folders = list(side_by_side(tmp_path, {name: TINY | dict(method=method, epochs=2) for name in ("one", "two")[:1 + (method == "dropout")]}).values())
     metrics = runs.load(folders[0])[0]["metrics"]
     assert 0 <= metrics[f"auroc_{score}"] <= 1 and (metrics["resampling_flips"] > 0) == (method == "dropout")
     assert (folders[0] / "predictions.npz").read_bytes() == (folders[-1] / "predictions.npz").read_bytes()
@@ -147,12 +151,8 @@ def test_memory_stays_under_two_gigabytes(tmp_path, method):
 
 def test_real_images(real_data, tmp_path):
     "CIFAR-10H, hard and soft: same split, same initial weights, the same bytes twice, and the figures of the data set."
-    env, few = dict(SOFT_CIFAR_DATA=str(real_data)), dict(method="basic", epochs=2, train_size=1000, depth=8)
-    folders = {}
-    for name, labels in (("soft", "soft"), ("again", "soft"), ("hard", "hard")):
-        done = papermill(tmp_path / f"{name}.ipynb", env=env, labels=labels, output=tmp_path / name, **few)
-        assert done.returncode == 0, done.stderr[-3000:]
-        folders[name] = only_run(tmp_path / name)
+    few = dict(method="basic", epochs=2, train_size=1000, depth=8)
+    folders = side_by_side(tmp_path, {name: few | dict(labels=labels) for name, labels in (("soft", "soft"), ("again", "soft"), ("hard", "hard"))}, dict(SOFT_CIFAR_DATA=str(real_data)))
     files = {name: (folder / "predictions.npz").read_bytes() for name, folder in folders.items()}
     assert files["soft"] == files["again"] != files["hard"]
     soft, hard = (np.load(folders[name] / "predictions.npz") for name in ("soft", "hard"))
