@@ -30,8 +30,8 @@ def papermill(out, cwd=ROOT, **parameters):
 
 
 def side_by_side(place, wanted, env=None):
-    "Execute `wanted`, name to parameters, at the same time; the folder of each."
-    processes = {name: subprocess.Popen(command(place / f"{name}.ipynb", output=place / name, **parameters), cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name, parameters in wanted.items()}
+    "Execute `wanted`, name to parameters, at the same time with a thread each; the folder of each."
+    processes = {name: subprocess.Popen(command(place / f"{name}.ipynb", output=place / name, **parameters), cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1") | (env or {}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name, parameters in wanted.items()}
     said = {name: process.communicate()[1] for name, process in processes.items()}
     for name, process in processes.items(): assert process.returncode == 0, said[name][-3000:]
     return {name: only_run(place / name) for name in wanted}
