@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'PRIMARY', 'SMALLEST', 'MODELS', 'MIXED', 'MIXES', 'CLAIMS', 'published', 'Claim',
            'average', 'each', 'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results',
-           'by_image', 'results', 'complete_seeds', 'from_seeds', 'image_parts', 'from_runs', 'for_new_pool',
-           'evidence', 'decide', 'named', 'cells_with', 'verdicts', 'of_study']
+           'by_image', 'results', 'values_of', 'from_seeds', 'image_parts', 'from_runs', 'for_new_pool', 'evidence',
+           'decide', 'named', 'cells_with', 'verdicts', 'of_study']
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
 import math
@@ -160,7 +160,7 @@ def from_means(table:pd.DataFrame, metric:str, contrasts) -> Difference|None:
     n = int(rows.seeds.min())
     return Difference.of(w @ rows[metric], error, n - 1, n)
 
-# %% ../nbs/52_claims.ipynb #9cfa0fb0
+# %% ../nbs/52_claims.ipynb #a7a2332a
 @dataclass(frozen=True)
 class Results:
     """What runs say: `by_seed` has a table for each metric, a row per seed and a column per cell; `by_image` what each
@@ -186,25 +186,25 @@ def results(gathered:pd.DataFrame, predictions:dict|None=None) -> Results:
     sizes = {"test_size", "train_size"} <= set(indexed)
     return Results(tables, images, float((indexed.test_size / indexed.train_size).max()) if sizes else math.nan)
 
-def complete_seeds(results:Results, metric:str, weights:dict) -> list:
-    "The seeds that have `metric` in every cell of `weights`."
+def values_of(results:Results, metric:str, weights:dict) -> np.ndarray|None:
+    "The values of `metric` [seeds, cells] in the cells of `weights`. None where there is no such metric or cell."
     table = results.by_seed.get(metric)
-    if not weights or table is None or not all(cell in table.columns for cell in weights): return []
-    return list(table.index[np.isfinite(table[list(weights)].to_numpy()).all(1)])
+    place = {cell: i for i, cell in enumerate(table.columns)} if table is not None else {}
+    return table.to_numpy()[:, [place[cell] for cell in weights]] if weights and place.keys() >= weights.keys() else None
 
-def from_seeds(results:Results, metric:str, contrasts) -> np.ndarray:
-    "The mean over `contrasts` of `metric`, for each seed that has every cell [n]."
+def from_seeds(results:Results, metric:str, contrasts) -> pd.Series:
+    "The mean over `contrasts` of `metric`, by seed, for the seeds that have every cell."
     weights = weights_of(contrasts)
-    seeds = complete_seeds(results, metric, weights)
-    if not seeds: return np.zeros(0)
-    return results.by_seed[metric].loc[seeds, list(weights)].to_numpy() @ list(weights.values())
+    values = values_of(results, metric, weights)
+    if values is None: return pd.Series(dtype=float)
+    return pd.Series(values @ list(weights.values()), results.by_seed[metric].index).dropna()
 
 def image_parts(results:Results, metric:str, contrasts) -> list|None:
     """The mean over `contrasts` of `metric` image by image, as `stats.crossed` takes it. None where predictions lack, or
     the cells of a seed, or its seeds, were tested on other numbers of images."""
     weights = weights_of(contrasts)
     rows = []
-    for seed in complete_seeds(results, metric, weights):
+    for seed in from_seeds(results, metric, contrasts).index:
         parts = [results.by_image.get((*cell, seed), {}).get(metric) for cell in weights]
         if any(part is None for part in parts): return None
         sets = list(zip(*parts))     # a set of images at a time, all cells

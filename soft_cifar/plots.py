@@ -179,9 +179,8 @@ def verdict_title(pooled) -> str:
     groups = {}
     for row in pooled.itertuples():
         if row.verdict: groups.setdefault(row.verdict, []).append(NAMES.get(row.metric, row.metric).removesuffix(", nats"))
-    words = dict(better="better in", worse="worse in", undecided="undecided in")
-    parts = [f"{words.get(verdict, verdict + ' in')} {listed(names)}" for verdict, names in groups.items()]
-    return "Soft labels are " + "; ".join(parts) if parts else "Soft minus hard labels: intervals, no verdicts"
+    parts = [f"{verdict} in {listed(names)}" for verdict, names in groups.items()]
+    return "Soft labels: " + "; ".join(parts) if parts else "Soft minus hard labels: intervals, no verdicts"
 
 def better_title(part, metric:str) -> str:
     "How many rows of `metric` have an interval on the better side of hard labels."

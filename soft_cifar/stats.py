@@ -89,7 +89,7 @@ def crossed(parts, level:float=.95) -> Difference:
     freedom = 2 * variance**2 / (2 * within**2 / (len(d) - 1) + noise) if variance else len(d) - 1
     return Difference.of(d.mean(), math.sqrt(variance), freedom, len(d), level)
 
-# %% ../nbs/50_stats.ipynb #085585f6
+# %% ../nbs/50_stats.ipynb #bc2accf3
 def calibration_values(confidence:Tensor, outcome:Tensor, bins:int) -> Tensor:
     "Values [N] whose mean is the calibration error of `confidence` [N] for `outcome` [N], 0 to 1, in equal-width `bins`."
     which, gap = metrics.equal_width(confidence, bins), outcome.double() - confidence
@@ -109,20 +109,20 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
     (confidence, predicted), p_true = log_probs.exp().max(1), log_probs.gather(1, labels[:, None])[:, 0].exp()
     right = predicted == labels
-    found = dict(
+    values = dict(
         accuracy=right.double(), nll=-log_probs.gather(1, labels[:, None])[:, 0],
         brier=(log_probs.exp() - metrics.distribution(labels, log_probs.shape[1])).square().sum(1),
         ece_10=calibration_values(confidence, right, 10), ece_true_class=calibration_values(p_true, right, 10))
     if "counts" in kept:
         people = kept["counts"].double() / kept["counts"].sum(1, keepdim=True)
-        found["kl_humans"] = (torch.xlogy(people, people) - people * log_probs).sum(1)
-        found["ece_votes"] = calibration_values(confidence, people.gather(1, predicted[:, None])[:, 0], 15)
-    if "fgsm_log_probs" in kept: found["fgsm_drop"] = (right & (kept["fgsm_log_probs"].argmax(1) != labels)).double()
-    found = {name: dict(index=values) for name, values in found.items()}
+        values["kl_humans"] = (torch.xlogy(people, people) - people * log_probs).sum(1)
+        values["ece_votes"] = calibration_values(confidence, people.gather(1, predicted[:, None])[:, 0], 15)
+    if "fgsm_log_probs" in kept: values["fgsm_drop"] = (right & (kept["fgsm_log_probs"].argmax(1) != labels)).double()
+    parts = {name: dict(index=x) for name, x in values.items()}
     if "score_max_logit" in kept:
-        values, ood_values = auroc_values(kept["score_max_logit"], kept["ood_score_max_logit"])
-        found["auroc_max_logit"] = dict(index=values, ood_index=ood_values)
-    return found
+        x, ood_x = auroc_values(kept["score_max_logit"], kept["ood_score_max_logit"])
+        parts["auroc_max_logit"] = dict(index=x, ood_index=ood_x)
+    return parts
 
 # %% ../nbs/50_stats.ipynb #210ae92d
 def nadeau_bengio(a, b, test:int, train:int, level:float=.95) -> Difference:
