@@ -235,7 +235,7 @@ def evidence(differences:list[Difference], sign:int, smallest:float=math.nan) ->
     right = estimates * sign > 0
     return np.where(right, p, 1.), np.where(right, 1., holm(p))
 
-# %% ../nbs/52_claims.ipynb #f88de14a
+# %% ../nbs/52_claims.ipynb #f05073c1
 def decide(adjusted:float, support:np.ndarray, refute:np.ndarray, equivalence:np.ndarray) -> str:
     "The verdict on a claim with the `adjusted` p, from `evidence` and the equivalence p of each group."
     if adjusted < .05: return "supported" if support.max() < refute.min() else "refuted"
@@ -255,8 +255,8 @@ def cells_with(table, metric:str) -> set:
 
 def verdicts(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
     """One row per claim of a registry: `compared` of its contrasts, the `decisive` group and its estimate, low, high; n, p
-    (Holm), verdict, the smallest effect that matters, and for what is undecided the smallest `detectable` one.
-    `estimate` is `from_means` for a published table, `from_runs` or `for_new_pool` for `results`."""
+    (Holm), verdict, the smallest effect that matters, and the smallest `detectable` one at the level that Holm asks of the
+    first in the family. `estimate` is `from_means` for a published table, `from_runs` or `for_new_pool` for `results`."""
     rows, weighed = [], []
     for claim in claims:
         cells = cells_with(table, claim.metric)
@@ -284,7 +284,7 @@ def verdicts(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
             d = differences[which]
             rows[i] |= dict(estimate=d.estimate, low=d.low, high=d.high, p=p[i])
             rows[i] |= dict(verdict=verdict, decisive=named(groups[which]))
-            if verdict == "undecided": rows[i]["detectable"] = minimum_detectable(d, .05 / len(family))
+            rows[i]["detectable"] = minimum_detectable(d, .05 / len(family))
     return pd.DataFrame(rows)
 
 def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:

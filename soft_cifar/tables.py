@@ -114,7 +114,7 @@ def html(rows) -> str:
     body = "".join(line(row, "td") for row in rows[1:])
     return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
-# %% ../nbs/53_tables.ipynb #ad1c65de
+# %% ../nbs/53_tables.ipynb #c8da9a82
 KEYS = ["metric", "configuration", "estimate", "low", "high", "p", "n"]
 MORE = ["pool_low", "pool_high", "smallest", "detectable", "p_holm", "verdict"]
 
@@ -156,7 +156,7 @@ def soft_minus_hard(gathered:pd.DataFrame, metrics, predictions:dict|None=None) 
     for claim in of_study(measured, family).query("claim in @promised").itertuples():
         row = (table.metric == claim.metric) & (table.configuration == "pooled")
         table.loc[row, "p_holm"], table.loc[row, "verdict"] = claim.p, in_words(claim)
-        if not math.isnan(claim.detectable): table.loc[row, "detectable"] = claim.detectable
+        table.loc[row, "detectable"] = claim.detectable
     return table
 
 # %% ../nbs/53_tables.ipynb #ec659cf8
@@ -223,7 +223,7 @@ def claim_sentences(rows:pd.DataFrame) -> list[str]:
     return [f"*{row.claim}*: {row.verdict}" + f" ({row.compared} of {row.of} comparisons)" * (row.compared < row.of) + "."
             for row in decided.itertuples()]
 
-# %% ../nbs/53_tables.ipynb #6ba5a8a3
+# %% ../nbs/53_tables.ipynb #f3d51c74
 def readable(differences:pd.DataFrame, names:dict[str, str]) -> list[list[str]]:
     "The pooled rows of `soft_minus_hard` as rows of text, the header first; `names` say what a metric is called."
     def interval(row, low, high): return "" if math.isnan(row[low]) else f"[{row[low]:+.4f}, {row[high]:+.4f}]"
@@ -242,7 +242,7 @@ def verdict_text(row) -> str:
     if not math.isnan(row.estimate):
         parts.append(f"{row.estimate:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p = {row.p:.2g}")
         parts.append(f"<small>{row.decisive}</small>")
-    if not math.isnan(row.detectable): parts.append(f"<small>seen from {row.detectable:.3f}</small>")
+    if row.verdict == "undecided": parts.append(f"<small>seen from {row.detectable:.3f}</small>")
     return "<br>".join(parts)
 
 def claims_beside(theirs:pd.DataFrame, ours:pd.DataFrame, names:dict[str, str]) -> list[list[str]]:
