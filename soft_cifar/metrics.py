@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['checked', 'distribution', 'accuracy', 'nll', 'brier', 'brier_irreducible', 'Bins', 'binned', 'equal_width',
-           'reliability', 'ece', 'ece_equal_mass', 'reliability_true_class', 'ece_true_class', 'entropy', 'uce',
-           'class_f1_confidence', 'ce_to_humans', 'kl_to_humans', 'js_to_humans', 'tv_to_humans', 'entropy_correlation',
-           'definite_second', 'second', 'second_best_accuracy', 'ranked', 'auroc', 'aupr', 'fpr95']
+           'reliability', 'ece', 'ece_equal_mass', 'squared_calibration_error', 'ece_debiased', 'reliability_votes',
+           'ece_votes', 'reliability_true_class', 'ece_true_class', 'entropy', 'uce', 'class_f1_confidence',
+           'ce_to_humans', 'kl_to_humans', 'js_to_humans', 'tv_to_humans', 'entropy_correlation', 'definite_second',
+           'second', 'second_best_accuracy', 'ranked', 'auroc', 'aupr', 'fpr95']
 
 # %% ../nbs/11_metrics.ipynb #8285172d
 import math
@@ -83,6 +84,29 @@ def ece_equal_mass(log_probs:Tensor, labels:Tensor, bins:int=15) -> float:
     confidence, predicted = checked(log_probs).exp().max(1)
     rank = confidence.argsort(stable=True).argsort(stable=True)
     return binned(confidence, predicted == labels, rank * bins // len(rank), bins).error()
+
+# %% ../nbs/11_metrics.ipynb #d7a21e9d
+def squared_calibration_error(log_probs:Tensor, labels:Tensor, bins:int=15) -> float:
+    "Mean squared gap between confidence and accuracy, equal-width bins, without bias: may be below 0 (Kumar et al. 2019, definition 4.1)."
+    table = reliability(log_probs, labels, bins)
+    noise = table.accuracy * (1 - table.accuracy) / (table.count - 1).clamp(min=1)
+    squared = (table.accuracy - table.confidence).square() - noise
+    return (squared * table.count / table.count.sum()).sum().item()
+
+def ece_debiased(log_probs:Tensor, labels:Tensor, bins:int=15) -> float:
+    "Root mean square calibration error of the top label, 0 to 1, less what a finite test set adds to it (Kumar et al. 2019)."
+    return math.sqrt(max(0., squared_calibration_error(log_probs, labels, bins)))
+
+# %% ../nbs/11_metrics.ipynb #9d4f9297
+def reliability_votes(log_probs:Tensor, probs:Tensor, bins:int=15) -> Bins:
+    "Equal-width bins of the top label's confidence; an image is right by the share of its votes `probs` [N,K] for that label."
+    confidence, predicted = checked(log_probs).exp().max(1)
+    agreed = probs.double().gather(1, predicted[:, None])[:, 0]
+    return binned(confidence, agreed, equal_width(confidence, bins), bins)
+
+def ece_votes(log_probs:Tensor, probs:Tensor, bins:int=15) -> float:
+    "`ece`, 0 to 1, with the share of people who agree with the prediction in place of right or wrong; `probs` [N,K] is the human distribution."
+    return reliability_votes(log_probs, probs, bins).error()
 
 # %% ../nbs/11_metrics.ipynb #6347c124
 def reliability_true_class(log_probs:Tensor, labels:Tensor, bins:int=10) -> Bins:

@@ -110,8 +110,8 @@ def state(run:Run) -> tuple[str, str]:
         try: record = runs.record(run.folder)
         except DataError as error: return "damaged", str(error)
         here = ["device", "recorded", "data_root", "output"] + ["keep_weights"] * (not run.keep_weights)
-        as_saved = lambda value: json.loads(json.dumps(value))
-        other = [f.name for f in fields(Run) if f.name not in here and record["parameters"].get(f.name, as_saved(f.default)) != as_saved(getattr(run, f.name))]
+        theirs = Run.of(record["parameters"] | dict(device="auto"))     # what was no parameter yet has the value that its preset gives it
+        other = [f.name for f in fields(Run) if f.name not in here and getattr(theirs, f.name) != getattr(run, f.name)]
         return ("damaged", f"{shown(run.folder)} holds another run: {', '.join(other)} differ from the study file") if other else ("done", "")
     try: cells = json.loads(notebook_of(run).read_text())["cells"]
     except (OSError, ValueError, KeyError): return "pending", ""
@@ -220,7 +220,8 @@ def gather(study:Study) -> pd.DataFrame:
     for run in study.runs:
         if state(run)[0] != "done": continue
         record = runs.record(run.folder)
-        origin = dict(commit=record["commit"], torch=record["versions"]["torch"], threads=record["hardware"]["threads"], hardware=record["hardware"]["gpu"] or record["hardware"]["cpu"])
+        origin = dict(commit=record["commit"], torch=record["versions"]["torch"], threads=record["hardware"]["threads"], hardware=record["hardware"]["gpu"] or record["hardware"]["cpu"],
+                      number_format=record["hardware"].get("number_format", "float32"))
         sets = {f"{kind}_{what}": record["data"][getattr(run, kind)][what] for kind in ("data", "ood") for what in ("fingerprint", "encoding")}
         rows.append(dict(model=study.models[run.cell], cell=run.cell) | {f.name: f.default for f in fields(Run)} | record["parameters"] | record["metrics"] | {f"seconds_{k}": v for k, v in record["seconds"].items()}
                     | dict(parameter_count=record["parameter_count"]) | sets | origin)
@@ -232,7 +233,7 @@ def caveats(study:Study, gathered:pd.DataFrame) -> list[str]:
     asked, there = pd.Series([r.cell for r in study.runs]).value_counts(), gathered.cell.value_counts() if len(gathered) else {}
     lacking = [f"{cell} has {there.get(cell, 0)} of {n}" for cell, n in asked.items() if there.get(cell, 0) < n]
     if lacking: found.append(f"Incomplete: {len(lacking)} of {len(asked)} cells lack seeds ({'; '.join(lacking[:6])}{'; ...' if len(lacking) > 6 else ''})")
-    for column in ("preset", "data", "data_fingerprint", "data_encoding", "ood", "ood_fingerprint", "ood_encoding", "train_size", "epochs", "test_labels", "torch", "hardware", "threads"):
+    for column in ("preset", "data", "data_fingerprint", "data_encoding", "ood", "ood_fingerprint", "ood_encoding", "train_size", "epochs", "test_labels", "torch", "hardware", "threads", "number_format", "commit"):
         values = gathered[column].astype(str).value_counts() if len(gathered) else []
         if len(values) > 1: found.append(f"Mixed {column}: {', '.join(f'{v[:40]} ({n} runs)' for v, n in values.items())}")
     return found

@@ -23,6 +23,7 @@ def softmax_scores(logits:Tensor) -> dict[str, Tensor]:
 class Classifier(nn.Module):
     "Method `basic`, and the base of the others: pixels `x` float32 [B,3,32,32] in [0,1] in, answers out."
     memory_format = torch.channels_last     # in which it trains fastest
+    period, turn = 1, 0     # steps after which its kinds of step come again; which kind the next one is: whoever trains counts
     def __init__(self,
         depth:int=20,              # layers of the ResNet, 6n + 2
         classes:int=10,
