@@ -238,7 +238,7 @@ class Run:
     @functools.cached_property
     def cell(self) -> str:
         "Its place in a study, without the seed: method, labels, mix, and whatever else differs from the preset."
-        usual = self.usual() | {name: PRESETS[self.preset][name] for name in ("data", "schedule", "epochs")}
+        usual = self.usual() | dict(preset=self.preset) | {name: PRESETS[self.preset][name] for name in ("data", "schedule", "epochs")}
         other = [f.name for f in fields(self) if f.name not in ("method", "labels", "mix") and not f.metadata.get("place") and getattr(self, f.name) != usual[f.name]]
         def show(name, value):
             if name == "teachers": return f"{len(value)}-{digest(' '.join(Path(folder).parent.name for folder in value).encode())[:6]}"   # their cells
