@@ -192,7 +192,7 @@ class Run:
         late = [m for m in self.milestones if m >= self.epochs]
         if late: raise InputError(f"milestones={list(self.milestones)}: there is no epoch {late[0]} in {self.epochs} epochs: {instead}")
         if self.schedule == "step" and not self.milestones and not given: raise InputError(
-            f"epochs={self.epochs}: the milestones of preset {self.preset!r} ({', '.join(map(str, PRESETS[self.preset]['milestones']))}) all come later, the learning rate would never fall: {instead}")
+            f"epochs={self.epochs}: preset {self.preset!r} has no milestone before that ({list(PRESETS[self.preset]['milestones'])}), the learning rate would never fall: {instead}")
 
     @classmethod
     def of(cls, parameters:dict) -> "Run":
