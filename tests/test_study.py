@@ -5,19 +5,17 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from datetime import datetime
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, differences, started, stopped, stopping, wait_for, watched
+from distributed import Client
 
 from soft_cifar import evaluation, runs, study
 
 SMALL = """
-shared: {preset: demo, depth: 8, epochs: 12, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
+shared: {preset: demo, depth: 8, epochs: 4, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
 models:
   basic: {method: basic}
 labels: [soft, hard]
@@ -36,7 +34,15 @@ def study_in(place, text=SMALL):
     return file
 
 
-def numbers(file): return {(r.cell, r.seed): (r.folder / "predictions.npz").read_bytes() for r in study.load(file).runs if r.folder.exists()}
+def finished(file): return {(run.cell, run.seed): run.folder for run in study.load(file).runs if run.folder.exists()}
+
+
+def assert_same_runs(file, undisturbed, seeds=(0, 1)):
+    "The study in `file` has made the runs of `undisturbed` with one of `seeds`, no others, and their numbers are the same."
+    found, wanted = finished(file), {key: folder for key, folder in finished(undisturbed).items() if key[1] in seeds}
+    assert sorted(found) == sorted(wanted)
+    apart = {key: differences(found[key], wanted[key]) for key in wanted}
+    assert not any(apart.values()), apart
 
 
 @pytest.fixture(scope="module")
@@ -47,54 +53,45 @@ def undisturbed(tmp_path_factory):
     return file
 
 
-def test_a_study_is_complete_and_its_engine_costs_little(undisturbed):
-    "Every run is there with its executed notebook; between two notebooks of a worker no more than half a second has to pass: the shorter gap of two, since a busy machine only adds."
+def test_a_study_is_complete(undisturbed):
+    "Every run is there with its executed notebook, nothing else is, and the same command finds nothing to do."
     wanted = study.load(undisturbed)
-    assert len(numbers(undisturbed)) == 4 and set(study.status(wanted).state) == {"done"}
+    assert len(finished(undisturbed)) == 4 and set(study.status(wanted).state) == {"done"}
     assert not [p for p in undisturbed.parent.rglob("*") if p.name.endswith((".partial", ".tmp")) or p.match("seed-*.ipynb")]
-    times = []
     for run in wanted.runs:
-        executed = json.loads((run.folder / "train.ipynb").read_text())
-        assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
-        times.append(tuple(datetime.fromisoformat(executed["metadata"]["papermill"][k]) for k in ("start_time", "end_time")))
-    times.sort()
-    gaps = [min((start - end).total_seconds() for _, end in times if end <= start) for start, _ in times[2:]]
-    print(f"engine: {min(gaps):.2f} s between two runs")
-    assert min(gaps) < .5, gaps
+        cells = json.loads((run.folder / "train.ipynb").read_text())["cells"]
+        counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
+        assert counts == [*range(1, len(counts) + 1)], (run.cell, run.seed, counts)
     again = soft_cifar("study", undisturbed, "--jobs", 2)
-    assert again.returncode == 0 and "4 done and 0 to do" in again.stdout
+    assert again.returncode == 0 and "4 done and 0 to do" in again.stdout, again.stdout + again.stderr
 
 
-def test_killed_worker_and_killed_kernel(undisturbed, tmp_path):
-    "SIGKILL for a kernel and for a worker, in the middle: every run ends complete, none is there twice, and the numbers are those of the undisturbed study."
-    file = study_in(tmp_path)
-    process = subprocess.Popen(command("study", file, "--jobs", 2), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    def kernels(): return [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
-    def wait_for(condition):
-        deadline = time.time() + 180
-        while time.time() < deadline and process.poll() is None:
-            try:
-                if condition(): return
-            except psutil.Error: pass
-            time.sleep(.1)
-        raise AssertionError(f"never came: {process.communicate()[0][-2000:] if process.poll() is not None else 'still running'}")
-    wait_for(lambda: [*file.parent.rglob("checkpoint.pt")])
-    victim = kernels()[0]; victim.kill()
-    wait_for(lambda: numbers(file) and len(kernels()) == 2)
-    kernels()[-1].parent().kill()
-    out, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, out[-3000:]
-    assert numbers(file) == numbers(undisturbed)
+def test_killed_kernel_and_killed_worker(undisturbed, tmp_path):
+    """SIGKILL in the middle of training, for a kernel, and later for a worker that has made a run already: every run ends complete, none is there twice, those that were killed go on
+    from their checkpoints, and the numbers are those of the undisturbed study."""
+    file, said, place = study_in(tmp_path), tmp_path / "said", tmp_path / "ipython"
+    with started(command("study", file, "--jobs", 2), said, **stopping(place, 0, 1)) as process:
+        kernel = wait_for(lambda: stopped(place, 0), process, said)
+        assert not finished(file), "no run has ended yet"
+        kernel.kill()
+        orphan = wait_for(lambda: stopped(place, 1), process, said)
+        assert finished(file), "the worker has made a run"
+        orphan.parent().kill()
+        assert process.wait(600) == 0, said.read_text()[-3000:]
+        orphan.wait(60)     # it notices that its worker is gone
+    assert_same_runs(file, undisturbed)
     assert sorted(p.name for p in file.parent.glob("small/*/*")) == ["seed-0", "seed-0", "seed-1", "seed-1"]
+    resumed = [run.seed for run in study.load(file).runs if "resumed after epoch 2 of 4" in (run.folder / "train.ipynb").read_text()]
+    assert sorted(resumed) == [0, 1], resumed
 
 
 def test_two_commands_on_one_study(undisturbed, tmp_path):
     "Both make the same runs at the same time: each run is there once, whole, with its executed notebook, and nothing else is."
     file = study_in(tmp_path)
     both = [subprocess.Popen(command("study", file, "--jobs", 2, "--seeds", 0), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=300)[0] for process in both]
+    said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert numbers(file) == {k: v for k, v in numbers(undisturbed).items() if k[1] == 0}
+    assert_same_runs(file, undisturbed, seeds=[0])
     assert [p.name for p in file.parent.glob("small/*/*")] == ["seed-0", "seed-0"]
     for run in study.load(file, seeds=[0]).runs:
         cells = json.loads((run.folder / "train.ipynb").read_text())["cells"]
@@ -109,14 +106,13 @@ def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
     dask = lambda *words: subprocess.Popen([sys.executable, "-m", "dask", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     everyone = [dask("scheduler", "--host", host, "--port", port, "--no-dashboard"), *(dask("worker", address, "--nthreads", "1", "--no-dashboard", "--host", host) for _ in range(2))]
     try:
-        time.sleep(5)      # both workers have joined, so that cores are shared as in the undisturbed study
+        with Client(address, timeout=300) as client: client.wait_for_workers(2, timeout=300)     # cores are shared as in the undisturbed study
         done = soft_cifar("study", file, "--scheduler", address, "--seeds", "0")
     finally:
         for process in everyone: process.terminate()
         for process in everyone: process.wait(30)
     assert done.returncode == 1 and "2 failed" in done.stdout, done.stdout + done.stderr
-    wanted = numbers(undisturbed)
-    assert {k: v for k, v in numbers(file).items()} == {k: v for k, v in wanted.items() if k[1] == 0}
+    assert_same_runs(file, undisturbed, seeds=[0])
     said = soft_cifar("status", file)
     assert said.stdout.count("try a smaller lr") == 2 and "seed-0.ipynb" in said.stdout and "2 done" in said.stdout and "2 failed" in said.stdout
 
@@ -157,8 +153,8 @@ def test_a_copy_runs_its_own_code(tmp_path):
     assert runs.record(run.folder)["versions"]["soft_cifar"] == "a copy"
 
 
-def test_150_runs_in_a_minute(tmp_path):
-    "The published grid, made of random predictions: gathered and reported in under 60 s and 2 GB."
+def test_150_runs_in_one_report(tmp_path):
+    "The published grid, made of random predictions: gathered and reported in less than 2 GB."
     (tmp_path / "runs").mkdir()
     file = tmp_path / "runs" / "paper.yaml"
     file.write_text((ROOT / "runs" / "paper.yaml").read_text())
@@ -172,16 +168,9 @@ def test_150_runs_in_a_minute(tmp_path):
                     validation_labels=labels[:500], validation_log_probs=log_probs(500), score_max_logit=torch.randn(1500, generator=rng), ood_score_max_logit=torch.randn(1500, generator=rng))
         found = evaluation.label_metrics(p, labels, counts.long()) | dict(auroc_max_logit=.5, fgsm_drop=.1)
         runs.save(run, dict(data=whole, parameter_count=1, seconds=dict(load=1., fit=1., evaluate=1.), metrics=found), kept, [dict(epoch=1, loss=1.)])
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command("report", file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        try: peak = max([peak, sum(p.memory_info().rss for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)])])
-        except psutil.Error: pass
-        time.sleep(.1)
-    seconds = time.perf_counter() - start
-    assert process.returncode == 0, process.stderr.read()[-3000:]
-    print(f"150 runs: {seconds:.0f} s, {peak / 1e9:.2f} GB")
-    assert seconds < 60 and 1e8 < peak < 2e9, (seconds, peak)
+    status, said, peak = watched(command("report", file), tmp_path / "said")
+    assert status == 0, said[-3000:]
+    assert 1e8 < peak < 2e9, f"{peak / 1e9:.2f} GB"
     page = tmp_path / "report" / "paper"
     assert "150 of 150 runs" in (page / "index.html").read_text() and (page / "table1.tex").read_text().count(r"\\") == 31
     assert {"index.html", "table1.csv", "table1.md", "runs.csv", "runs.parquet", "claims.csv", "soft_minus_hard.svg", "soft_minus_hard.png"} <= {p.name for p in page.iterdir()}

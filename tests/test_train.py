@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, differences, started, stopped, stopping, wait_for, watched
 
 from soft_cifar import evaluation, runs
 from soft_cifar.runs import Run
@@ -72,46 +70,29 @@ def test_methods(tmp_path, method, score):
     folders = list(side_by_side(tmp_path, {name: TINY | dict(method=method, epochs=2) for name in ("one", "two")[:1 + (method == "dropout")]}).values())
     metrics = runs.load(folders[0])[0]["metrics"]
     assert 0 <= metrics[f"auroc_{score}"] <= 1 and (metrics["resampling_flips"] > 0) == (method == "dropout")
-    assert (folders[0] / "predictions.npz").read_bytes() == (folders[-1] / "predictions.npz").read_bytes()
+    assert differences(folders[0], folders[-1]) == {}
 
 
 def test_same_run_same_bytes_from_another_folder(tiny, tmp_path):
     done = papermill(tmp_path / "out.ipynb", cwd=tmp_path, output=tmp_path / "runs", **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ((only_run(place / "runs") / "predictions.npz").read_bytes() for place in (tiny, tmp_path))
-    assert one == two
+    assert differences(only_run(tmp_path / "runs"), only_run(tiny / "runs")) == {}
 
 
-LONGER = TINY | dict(epochs=30)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    "A run long enough to be killed, that nobody kills."
-    place = tmp_path_factory.mktemp("undisturbed")
-    done = papermill(place / "out.ipynb", output=place / "runs", **LONGER)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return only_run(place / "runs") / "predictions.npz"
-
-
-def test_interrupted_run_resumes_to_the_same_numbers(undisturbed, tmp_path):
+def test_interrupted_run_resumes_to_the_same_numbers(tiny, tmp_path):
     "Ctrl-C in the middle of training. (The tests of a study kill kernels the hard way.)"
-    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", **LONGER)
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a job in the background of a script inherits a deaf ear for Ctrl-C
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
-    checkpoint, deadline = lambda: [*tmp_path.glob("runs/*/*/seed-0.partial/checkpoint.pt")], time.time() + 300
-    while not checkpoint() and process.poll() is None and time.time() < deadline: time.sleep(.05)
-    assert checkpoint(), "no checkpoint before the run ended"
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-    psutil.wait_procs(family, timeout=60)
-    assert not [*tmp_path.glob("runs/*/*/seed-0")], "a folder that is not complete"
-    done = papermill(tmp_path / "again.ipynb", output=tmp_path / "runs", **LONGER)
+    words, said, place = command(tmp_path / "out.ipynb", output=tmp_path / "runs", **TINY), tmp_path / "said", tmp_path / "ipython"
+    with started(words, said, **stopping(place, 0)) as process:
+        kernel = wait_for(lambda: stopped(place, 0), process, said)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) != 0, said.read_text()
+        kernel.wait(300)
+    assert [p.name for p in tmp_path.glob("runs/*/*/*")] == ["seed-0.partial"], "a folder that is not complete"
+    done = papermill(tmp_path / "again.ipynb", output=tmp_path / "runs", **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed after epoch" in (tmp_path / "again.ipynb").read_text()
-    assert (only_run(tmp_path / "runs") / "predictions.npz").read_bytes() == undisturbed.read_bytes()
-    assert not [*tmp_path.glob("runs/*/*/*.partial")]
+    assert "resumed after epoch 2 of 3" in (tmp_path / "again.ipynb").read_text()
+    assert differences(only_run(tmp_path / "runs"), only_run(tiny / "runs")) == {}
+    assert [p.name for p in tmp_path.glob("runs/*/*/*")] == ["seed-0"]
 
 
 BAD = {
@@ -140,21 +121,17 @@ def test_bad_input(tiny, tmp_path, parameters, message):
 def test_memory_stays_under_two_gigabytes(tmp_path, method):
     "ResNet-20 at the published batch size; `basic` with all 8,000 training images, `dropout` with the ten samples that an attack differentiates."
     words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", epochs=1, method=method, test_size=100, ood_size=100, **(dict(train_size=500) if method == "dropout" else {}))
-    process, peak = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
-    while process.poll() is None:
-        try: peak = max([peak, *(child.memory_info().rss for child in psutil.Process(process.pid).children(recursive=True))])
-        except psutil.NoSuchProcess: pass
-        time.sleep(.1)
-    assert process.returncode == 0 and 2e8 < peak < 2e9, f"{peak/1e9:.2f} GB"
-    print(f"peak {peak/1e9:.2f} GB")
+    status, said, peak = watched(words, tmp_path / "said")
+    assert status == 0, said[-3000:]
+    assert 2e8 < peak < 2e9, f"{peak / 1e9:.2f} GB"
 
 
 def test_real_images(real_data, tmp_path):
     "CIFAR-10H, hard and soft: same split, same initial weights, the same bytes twice, and the figures of the data set."
     few = dict(method="basic", epochs=2, train_size=1000, depth=8)
     folders = side_by_side(tmp_path, {name: few | dict(labels=labels) for name, labels in (("soft", "soft"), ("again", "soft"), ("hard", "hard"))}, dict(SOFT_CIFAR_DATA=str(real_data)))
-    files = {name: (folder / "predictions.npz").read_bytes() for name, folder in folders.items()}
-    assert files["soft"] == files["again"] != files["hard"]
+    assert differences(folders["soft"], folders["again"]) == {}
+    assert "log_probs" in differences(folders["soft"], folders["hard"])
     soft, hard = (np.load(folders[name] / "predictions.npz") for name in ("soft", "hard"))
     assert all(np.array_equal(soft[key], hard[key]) for key in ("index", "labels", "gold", "counts", "ood_index"))
     assert len(soft["index"]) == len(soft["ood_index"]) == 1500 and (soft["labels"] == soft["gold"]).mean() > .98
