@@ -1,4 +1,4 @@
-"""What the tests share: fixtures, kernels that stop in the middle of training, and the closing line that counts what really ran."""
+"""What the tests share: fixtures, kernels that stop in mid-training, and the closing line that counts what really ran."""
 import os
 import signal
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def real_data():
-    "The data root with real CIFAR-10H and SVHN; tests that need it are skipped, and counted as skipped, where it is absent."
+    "The data root with real CIFAR-10H and SVHN; where it is absent, tests that need it are skipped, and counted so."
     root = ROOT / os.environ.get("SOFT_CIFAR_DATA", "data")
     if not all((root / f"{name}.npz").is_file() for name in ("cifar10h", "svhn")):
         pytest.skip(f"needs cifar10h.npz and svhn.npz in {root}: soft-cifar data, or set $SOFT_CIFAR_DATA")
@@ -34,21 +34,30 @@ def differences(one, two):
 
 @contextmanager
 def started(words, said, **environment):
-    "The process of the command `words`, which writes to the file `said`. Whatever is left of it and its children at the end is killed."
-    def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL)     # a job in the background of a script inherits a deaf ear for Ctrl-C
+    "The process of the command `words`, which writes to the file `said`. What is left of it and its children is killed."
+    def listen():     # a job in the background of a script inherits a deaf ear for Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(said, "w") as file:
-        process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=listen)
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=listen)
     try: yield process
     finally:
-        family = [] if process.poll() is not None else [process, *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
+        for member in family(process):
             try: member.kill()
             except psutil.NoSuchProcess: pass
         process.wait()
 
 
+def family(process):
+    "`process` and all its children's children, as far as they live."
+    try:
+        head = psutil.Process(process.pid)
+        return [head, *head.children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
 def wait_for(condition, process, said, seconds=600):
-    "What `condition()` returns as soon as it is true. Raises `AssertionError` if `process` ends before, or does not get there in `seconds`."
+    "What `condition()` returns once it is true. Raises `AssertionError` if `process` ends before, or `seconds` go by."
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         if found := condition(): return found
@@ -58,17 +67,19 @@ def wait_for(condition, process, said, seconds=600):
 
 
 def watched(words, said):
-    "(exit status, what it said, the most memory [bytes] that it and its children held together) of the command `words`, which writes to the file `said`."
+    """(exit status, what it said, the most memory [bytes] that it and its children held together) of the command
+    `words`, which writes to the file `said`."""
     peak = 0
     with started(words, said) as process:
         while process.poll() is None:
-            try: peak = max(peak, sum(p.memory_info().rss for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]))
-            except psutil.NoSuchProcess: pass     # ended meanwhile
+            try: peak = max(peak, sum(member.memory_info().rss for member in family(process)))
+            except psutil.NoSuchProcess: pass     # one of them has just ended
             time.sleep(.1)
     return process.returncode, said.read_text(), peak
 
 
-# A kernel runs this before its notebook. It keeps every epoch; after the second one, the first run of a seed that is to be stopped waits until somebody ends it.
+# A kernel executes this before its notebook. It then keeps every epoch, and the first run of a seed that is to be
+# stopped waits after its second one, until somebody ends it.
 STOP = """
 import os, threading
 from functools import partial
@@ -89,7 +100,8 @@ training.fit = partial(training.fit, checkpoint_seconds=0)
 
 
 def stopping(place, *seeds):
-    "The environment of kernels of which, for each of `seeds`, one stops after two epochs. `place` is a new folder: IPython's own, for these kernels."
+    """The environment of kernels of which, for each of `seeds`, one stops after two epochs; `place`, a new folder, is
+    IPython's own for them."""
     startup = place / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "stop.py").write_text(STOP)
@@ -104,9 +116,13 @@ def stopped(place, seed):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Tests that share the runs of a fixture stay in one process, so that these are made once, where several test at a time."
-    for item in items:
-        for name in {"tiny", "undisturbed", "copy"} & {*item.fixturenames}: item.add_marker(pytest.mark.xdist_group(name))
+    """Tests that share what a fixture makes go to the same process, where several test at a time: it is made once. The
+    longest of these groups come first, so that no process is left with one at the end."""
+    shared = "undisturbed", "tiny", "copy"
+    group = {item: next((name for name in shared if name in item.fixturenames), None) for item in items}
+    for item, name in group.items():
+        if name: item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: [*shared, None].index(group[item]))
 
 
 def pytest_terminal_summary(terminalreporter):
