@@ -114,17 +114,6 @@ def stopped(place, seed):
     return next((psutil.Process(int(file.name.split("-")[2])) for file in place.glob(f"stopped-{seed}-*")), None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests that share what a fixture makes go to the same process, where several test at a time: it is made once. The
-    longest of these groups come first, so that no process is left with one at the end."""
-    shared = "undisturbed", "tiny", "copy"
-    group = {item: next((name for name in shared if name in item.fixturenames), None) for item in items}
-    for item, name in group.items():
-        if name: item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: [*shared, None].index(group[item]))
-
-
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("slowest")
     calls = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
