@@ -28,7 +28,7 @@ def differences(one, two):
     if files[0].read_bytes() == files[1].read_bytes(): return {}
     kept = [np.load(file) for file in files]
     assert {*kept[0]} == {*kept[1]}, ({*kept[0]}, {*kept[1]})
-    apart = {name: np.abs(kept[0][name].astype(float) - kept[1][name]).max() for name in kept[0]}
+    apart = {name: float(np.abs(kept[0][name].astype(float) - kept[1][name]).max()) for name in kept[0]}
     return {name: value for name, value in apart.items() if value} or "the same arrays in other bytes"
 
 
