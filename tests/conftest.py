@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 1800     # seconds after which something hangs; on no machine does a result depend on it
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +57,9 @@ def family(process):
     except psutil.NoSuchProcess: return []
 
 
-def wait_for(condition, process, said, seconds=600):
-    "What `condition()` returns once it is true. Raises `AssertionError` if `process` ends before, or `seconds` go by."
-    deadline = time.monotonic() + seconds
+def wait_for(condition, process, said):
+    "What `condition()` returns once it is true. Raises `AssertionError` if `process` ends before, or patience does."
+    deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         if found := condition(): return found
         time.sleep(.02)
