@@ -15,7 +15,7 @@ from distributed import Client
 from soft_cifar import evaluation, runs, study
 
 SMALL = """
-shared: {preset: demo, depth: 8, epochs: 4, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 4, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
 models:
   basic: {method: basic}
 labels: [soft, hard]
@@ -124,7 +124,7 @@ def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
 
 
 SCHOOL = """
-shared: {preset: demo, depth: 8, epochs: 1, train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
 models:
   first: {labels: hard}
   wild: {labels: hard, lr: 1.0e+12, warmup: 0}
@@ -153,7 +153,7 @@ def test_teachers_come_first(tmp_path):
 
 
 ONE = """
-shared: {preset: demo, depth: 8, epochs: 1, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
 models: {basic: {}}
 seeds: [0]
 """

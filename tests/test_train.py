@@ -12,7 +12,7 @@ from conftest import PATIENCE, ROOT, differences, started, stopped, stopping, wa
 
 from soft_cifar import evaluation, runs
 
-TINY = dict(preset="demo", depth=8, epochs=3, train_size=300, validation_size=100, test_size=200, ood_size=200)
+TINY = dict(preset="demo", depth=8, schedule="one_cycle", epochs=3, train_size=300, validation_size=100, test_size=200, ood_size=200)
 
 
 def command(out, **parameters):
@@ -132,7 +132,7 @@ def test_memory_stays_under_two_gigabytes(tmp_path, method):
     an attack differentiates."""
     size = dict(basic=8000, dropout=500)[method]
     sizes = dict(train_size=size, test_size=100, ood_size=100)
-    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", epochs=1, method=method, **sizes)
+    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", schedule="one_cycle", epochs=1, method=method, **sizes)
     status, said, peak = watched(words, tmp_path / "said")
     assert status == 0, said[-3000:]
     assert 2e8 < peak < 2e9, f"{peak / 1e9:.2f} GB"
@@ -140,7 +140,7 @@ def test_memory_stays_under_two_gigabytes(tmp_path, method):
 
 def test_real_images(real_data, tmp_path):
     "CIFAR-10H, hard and soft: same split, same initial weights, the same bytes twice, and the figures of the data set."
-    few = dict(method="basic", epochs=2, train_size=1000, depth=8)
+    few = dict(method="basic", schedule="one_cycle", epochs=2, train_size=1000, depth=8)
     wanted = {name: few | dict(labels=labels) for name, labels in dict(soft="soft", again="soft", hard="hard").items()}
     folders = side_by_side(tmp_path, wanted, SOFT_CIFAR_DATA=str(real_data))
     assert differences(folders["soft"], folders["again"]) == {}
