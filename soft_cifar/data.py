@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CIFAR10', 'VOTES_SHA256', 'CIFAR10N_SHA256', 'PINNED', 'COPIES', 'WHOLE', 'OFFICIAL_CLASSES', 'VOTES_URL', 'OFFICIAL',
            'PREPARED', 'ImageSet', 'data_root', 'write_archive', 'sha256', 'seal', 'as_pinned', 'read_archive',
-           'check_votes', 'check_apart', 'build_cifar10h', 'build_cifar10', 'build_svhn', 'load_oracle', 'load',
-           'split']
+           'check_votes', 'check_apart', 'build_cifar10h', 'build_cifar10', 'build_svhn', 'load_oracle', 'is_here',
+           'load', 'split']
 
 # %% ../nbs/02_data.ipynb #00400e79
 import hashlib, json, os, tempfile
@@ -212,6 +212,10 @@ def load_oracle(name:str) -> ImageSet:
         return ImageSet(name, images, torch.zeros(len(images), dtype=torch.long), encoding="generated", classes=("other",))
     made = oracle.generate()
     return ImageSet(name, made["images"], made["labels"], made["counts"], "generated", oracle.CLASSES, made["posterior"])
+
+def is_here(name:str, root=None) -> bool:
+    "Whether `load` can have the set `name` without a download."
+    return name in ("oracle", "oracle_ood") or (data_root(root) / f"{name}.npz").is_file()
 
 def load(name:str, root=None, download:bool=True) -> ImageSet:
     """The image set `name`: generated, read from its archive in the data root, or else built from the official files.
