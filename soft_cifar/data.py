@@ -121,6 +121,7 @@ def write_archive(image_set:ImageSet, root=None, **meta) -> Path:
     path = data_root(root) / f"{image_set.name}.npz"
     arrays = {k: getattr(image_set, k).numpy() for k in ("images", "labels", "counts") if getattr(image_set, k) is not None}
     meta |= dict(name=image_set.name, encoding=image_set.encoding, classes=list(image_set.classes), fingerprint=image_set.fingerprint)
+    if not image_set.verified: meta["pixels"] = "not verified"
     meta["seal"] = seal(meta)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ def read_archive(path:Path) -> ImageSet:
     known = as_pinned(image_set)
     check(known or WHOLE.get(name) != len(image_set), f"holds other labels or votes than {name} has (sha256 differs), or has them in another order")
     check(known or "fingerprint" in meta, f"has no fingerprint, and labels and votes are not the {name} that is known: nothing tells whether images and labels belong together")
-    return replace(image_set, verified="fingerprint" in meta or image_set.fingerprint in COPIES)
+    return replace(image_set, verified="fingerprint" in meta and meta.get("pixels") != "not verified" or image_set.fingerprint in COPIES)
 
 def check_votes(counts:Tensor|None, where) -> None:
     "Raise `DataError` unless `counts` are CIFAR-10H's own."
