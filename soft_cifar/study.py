@@ -276,6 +276,7 @@ def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)     # what it says of a lost connection is said below, in a sentence
     try: client = Client(scheduler, timeout=patience)
     except (OSError, ValueError, TimeoutError): raise StudyError(f"no Dask scheduler answers at {scheduler!r} (waited {patience} s): start one with `dask scheduler --host 127.0.0.1`, or leave --scheduler out to run here") from None
+    except (TypeError, RuntimeError) as error: raise StudyError(f"cannot speak to the Dask scheduler at {scheduler!r} ({brief(str(error))}): tls:// needs certificates in Dask's configuration, and where it requires encryption tcp:// is refused") from None
     gone = f"the Dask scheduler at {scheduler!r} is gone: finished runs are kept. Start it and its workers again, and then the same command; interrupted runs resume"
     with answered(gone), client:
         try: client.wait_for_workers(1, timeout=patience)
