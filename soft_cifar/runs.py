@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'SPLIT', 'among', 'whole', 'real', 'as_is', 'text', 'label', 'unless_none',
            'folders', 'epochs_list', 'companions', 'parameter', 'computes_bfloat16', 'buildable', 'Run', 'provenance',
            'partial_folder', 'begin', 'executed_notebook', 'half', 'rounded', 'digest', 'checksum', 'save', 'record',
-           'classifier', 'teachers', 'load']
+           'weights', 'classifier', 'teachers', 'load']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
 import csv, functools, hashlib, io, json, math, os, platform, shutil, subprocess
@@ -343,13 +343,18 @@ def record(folder) -> dict:
     except Exception as error: raise DataError(f"{shown(folder)} is no complete run ({type(error).__name__}: {error}): move it away and run it again") from None
     return found
 
+def weights(folder, found:dict) -> bytes:
+    "The contents of the `weights.pt` of a run folder with the record `found`. Raises `DataError` where they are missing or damaged."
+    file, again = project_path(folder) / "weights.pt", "Delete the folder and make the run again with keep_weights=True"
+    try: content = file.read_bytes()
+    except OSError: raise DataError(f"{shown(folder)} holds no weights. {again}") from None
+    if digest(content) != found.get("weights"): raise DataError(f"{shown(file)} is not as it was written. {again}")
+    return content
+
 def classifier(folder, device="cpu") -> models.Classifier:
     "The trained classifier of a complete run that kept its weights, in evaluation mode, on `device`. Raises `DataError` where the run is missing or damaged or has no weights."
-    found, folder = record(folder), project_path(folder)
-    again = "Delete the folder and make the run again with keep_weights=True"
-    try: content = (folder / "weights.pt").read_bytes()
-    except OSError: raise DataError(f"{shown(folder)} holds no weights. {again}") from None
-    if digest(content) != found.get("weights"): raise DataError(f"{shown(folder / 'weights.pt')} is not as it was written. {again}")
+    found = record(folder)
+    content = weights(folder, found)
     run = Run.of(found["parameters"] | dict(device="auto"))
     made = models.create(run.method, **run.model)
     made.load_state_dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))

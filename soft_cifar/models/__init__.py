@@ -9,7 +9,7 @@ __all__ = ['softmax_scores', 'Classifier', 'methods', 'parameters_of', 'create']
 import functools, importlib, inspect, pkgutil
 import torch
 from torch import Tensor, nn
-from ..checks import one_of
+from ..checks import one_of, shapes
 from ..losses import soft_cross_entropy
 from .resnet import ResNet
 
@@ -36,7 +36,8 @@ class Classifier(nn.Module):
         self.network = ResNet(depth, classes)
 
     def features(self, x:Tensor) -> Tensor:
-        "The network's pooled features [B,64]."
+        "The network's pooled features [B,64]. Raises `InputError` for images of another shape: grey ones would be normalised into three channels."
+        shapes(x=(x, "B3HW", "floating"))
         return self.network.features((x - self.mean) / self.std)
 
     def forward(self, x:Tensor) -> Tensor:
