@@ -3,7 +3,7 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +43,7 @@ def started(words, said, **environment):
             words, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=listen)
     try: yield process
     finally:
-        for member in family(process):
-            try: member.kill()
-            except psutil.NoSuchProcess: pass
+        kill(family(process))
         process.wait()
 
 
@@ -55,6 +53,12 @@ def family(process):
         head = psutil.Process(process.pid)
         return [head, *head.children(recursive=True)]
     except psutil.NoSuchProcess: return []
+
+
+def kill(members):
+    "SIGKILL for those of `members` that live."
+    for member in members:
+        with suppress(psutil.NoSuchProcess): member.kill()
 
 
 def wait_for(condition, process, said):
@@ -73,8 +77,10 @@ def watched(words, said):
     peak = 0
     with started(words, said) as process:
         while process.poll() is None:
-            try: peak = max(peak, sum(member.memory_info().rss for member in family(process)))
-            except psutil.NoSuchProcess: pass     # one of them has just ended
+            held = 0
+            for member in family(process):
+                with suppress(psutil.NoSuchProcess): held += member.memory_info().rss     # unless it has just ended
+            peak = max(peak, held)
             time.sleep(.1)
     return process.returncode, said.read_text(), peak
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, differences, started, stopped, stopping, wait_for, watched
+from conftest import PATIENCE, ROOT, differences, kill, started, stopped, stopping, wait_for, watched
 from distributed import Client
 
 from soft_cifar import evaluation, runs, study
@@ -75,9 +75,8 @@ def test_killed_kernel_and_killed_worker(undisturbed, tmp_path):
         kernel = wait_for(lambda: stopped(place, 0), process, said)
         kernel.kill()
         orphan = wait_for(lambda: finished(file) and stopped(place, 1), process, said)
-        orphan.parent().kill()
+        kill([orphan.parent(), orphan])     # without its worker, the kernel would end a little later
         assert process.wait(PATIENCE) == 0, said.read_text()[-3000:]
-        orphan.wait(PATIENCE)     # it notices that its worker is gone
     assert_same_runs(file, undisturbed)
     assert sorted(p.name for p in file.parent.glob("small/*/*")) == ["seed-0", "seed-0", "seed-1", "seed-1"]
     executed = {run: (run.folder / "train.ipynb").read_text() for run in study.load(file).runs}
