@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HUMAN', 'MODEL', 'OTHER', 'NAMES', 'HIGHER', 'MARKERS', 'compact_png', 'votes_grid', 'vote_bars', 'people',
            'disputed_to_unanimous', 'learning_curves', 'reliability_diagrams', 'f1_confidence', 'principal', 'tsne',
-           'penultimate', 'cases', 'colors_of', 'forest', 'tradeoff', 'sweep', 'ood_scores', 'entropy_against_people',
-           'cost']
+           'penultimate', 'cases', 'colors_of', 'listed', 'verdict_title', 'better_title', 'forest', 'tradeoff',
+           'sweep', 'ood_scores', 'entropy_against_people', 'cost']
 
 # %% ../nbs/51_plots.ipynb #4a74eae2
-import io
+import io, textwrap
 import matplotlib.pyplot as plt, seaborn as sns
 import torch
 from PIL import Image
@@ -163,41 +163,63 @@ def cases(image_set:ImageSet, log_probs:Tensor, labels:Tensor, order:Tensor, col
     return fig
 
 # %% ../nbs/51_plots.ipynb #b267cd2e
-NAMES = {"accuracy": "accuracy", "nll": "log loss, nats", "brier": "Brier score", "ece_10": "ECE", "ece_true_class": '"ECE" as published', "kl_humans": "KL to people, nats",
+NAMES = {"accuracy": "accuracy", "nll": "log loss, nats", "brier": "Brier score", "ece_10": "ECE", "ece_votes": "ECE against votes", "ece_true_class": '"ECE" as published', "kl_humans": "KL to people, nats",
          "kl_posterior": "KL to the truth, nats", "auroc_max_logit": "OOD AUROC", "fgsm_drop": "FGSM: accuracy lost"}
 HIGHER = [metric for metric, (*_, best) in COLUMNS.items() if best is max]
 MARKERS = dict(none="o", mixup="s", cutmix="^", ricap="D")
 
 def colors_of(names) -> dict: return dict(zip(names, sns.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))))
 
-def forest(differences, bootstrap:dict|None=None) -> Figure:
-    """Differences to hard labels with 95% intervals, a panel per metric and a row per configuration, from `tables.soft_minus_hard` or `tables.against_hard`; the pooled row, if there is one,
-    last, with the hierarchical `bootstrap` interval as a thick line behind it. Shaded is the side that is better than hard labels."""
+def listed(names, most:int=3) -> str:
+    "The first `most` of `names` in words, and how many more there are."
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+def verdict_title(pooled) -> str:
+    "The verdicts of the pooled rows of `tables.soft_minus_hard` in a sentence."
+    groups = {}
+    for row in pooled.itertuples():
+        if row.verdict: groups.setdefault(row.verdict, []).append(NAMES.get(row.metric, row.metric).removesuffix(", nats"))
+    parts = [f"{verdict} in {listed(names)}" for verdict, names in groups.items()]
+    return "Soft labels: " + "; ".join(parts) if parts else "Soft minus hard labels: intervals, no verdicts"
+
+def better_title(part, metric:str) -> str:
+    "How many rows of `metric` have an interval on the better side of hard labels."
+    ahead = (part.low > 0) if metric in HIGHER else (part.high < 0)
+    return f"{NAMES.get(metric, metric)}: {ahead.sum()} of {len(part)} intervals lie on the better side of hard labels"
+
+def forest(differences) -> Figure:
+    """Differences to hard labels with 95% intervals, a panel per metric and a row per configuration, from
+    `tables.soft_minus_hard` or `tables.against_hard`; the pooled row, if there is one, last. A thick line behind an interval
+    is that for a new pool of images; a grey band the differences that do not matter. Shaded is the side that is better."""
     metrics_, rows = list(differences.metric.unique()), list(dict.fromkeys(differences.configuration))
-    columns = min(3, len(metrics_)); lines = -(-len(metrics_) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, .6 + lines * (.6 + .22 * len(rows))), sharey=True, layout="constrained", squeeze=False)
+    columns = min(3, len(metrics_))
+    lines = -(-len(metrics_) // columns)
+    size = (2.4 * columns, .6 + lines * (.6 + .22 * len(rows)))
+    fig, axes = plt.subplots(lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False)
     fig.get_layout_engine().set(wspace=.08)
     for ax in axes.flat[len(metrics_):]: ax.axis("off")
     for ax, name in zip(axes.flat, metrics_):
-        part = differences[differences.metric == name].set_index("configuration").loc[rows]
+        part = differences[differences.metric == name].set_index("configuration").reindex(rows)
         for y, (row, d) in enumerate(part.iterrows()):
             color = "black" if row == "pooled" else HUMAN
-            if row == "pooled" and bootstrap and name in bootstrap: ax.plot(bootstrap[name], [y, y], color="#bbb", lw=6, solid_capstyle="butt")
-            ax.plot([d.low, d.high], [y, y], color=color, lw=1.3); ax.plot(d.estimate, y, "D" if row == "pooled" else "o", color=color, ms=4.5)
-        ends = ax.get_xlim(); reach = max(map(abs, ends))
-        ax.axvspan(*((0, reach) if name in HIGHER else (-reach, 0)), color="#e8f1e8", lw=0, zorder=0); ax.axvline(0, color="grey", lw=.8)
-        ax.set(title=NAMES.get(name, name), yticks=range(len(rows)), yticklabels=rows, xlim=(-reach, reach), ylim=(len(rows) - .4, -.6)); ax.title.set_fontsize(9)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(3)); ax.tick_params(labelsize=8, left=False); sns.despine(ax=ax, left=True)
+            ax.plot([d.pool_low, d.pool_high], [y, y], color="#bbb", lw=5, solid_capstyle="butt")
+            ax.plot([d.low, d.high], [y, y], color=color, lw=1.3)
+            ax.plot(d.estimate, y, "D" if row == "pooled" else "o", color=color, ms=4.5)
+        smallest = part.smallest.max()
+        reach = max(map(abs, ax.get_xlim()))
+        ax.axvspan(*((0, reach) if name in HIGHER else (-reach, 0)), color="#e8f1e8", lw=0, zorder=0)
+        if smallest == smallest: ax.axvspan(-smallest, smallest, color="#d9d9d9", lw=0, zorder=.5)
+        ax.axvline(0, color="grey", lw=.8)
+        ax.set(yticks=range(len(rows)), yticklabels=rows, xlim=(-reach, reach), ylim=(len(rows) - .4, -.6))
+        ax.set_title(NAMES.get(name, name), fontsize=9)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(3))
+        ax.tick_params(labelsize=8, left=False)
+        sns.despine(ax=ax, left=True)
     pooled = differences[differences.configuration == "pooled"]
-    sure = [f"{NAMES.get(d.metric, d.metric)} {d.estimate:+.3f}" for d in pooled.itertuples() if d.low > 0 or d.high < 0]
-    told = f"Soft labels change {', '.join(sure[:2])}{f' and {len(sure) - 2} more' if len(sure) > 2 else ''}" if sure else "No metric differs beyond what seeds vary"
-    if not len(pooled):
-        last, more = differences[differences.metric == metrics_[-1]].set_index("configuration"), metrics_[-1] in HIGHER
-        ahead = last.estimate[last.low > 0 if more else last.high < 0]
-        best = (ahead.idxmax() if more else ahead.idxmin()) if len(ahead) else None
-        told = f"Best in {NAMES.get(metrics_[-1], metrics_[-1])}: {best} ({ahead[best]:+.3f} against hard labels)" if best else f"None is better than hard labels in {NAMES.get(metrics_[-1], metrics_[-1])} beyond what seeds vary"
-    fig.suptitle(told, fontsize=11)
-    fig.supxlabel("soft minus hard (green: soft is better)" if len(pooled) else "minus hard labels (green: better than they)", fontsize=9)
+    title = verdict_title(pooled) if len(pooled) else better_title(differences[differences.metric == metrics_[-1]], metrics_[-1])
+    fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
+    fig.supxlabel("soft minus hard (green: soft is better)" if len(pooled) else "minus hard labels (green: better than they)",
+                  fontsize=9)
     return fig
 
 def tradeoff(gathered) -> Figure:
@@ -213,7 +235,7 @@ def tradeoff(gathered) -> Figure:
         for _, c in cells.iterrows():
             ax.plot(c.accuracy, c[name], MARKERS[c.mix], color=colors[c.color], mfc="none" if two and c.labels == "hard" else colors[c.color], ms=6)
         ax.set(xlabel="accuracy", ylabel=f"{NAMES[name]}\n({better} is better)")
-    axes[0].set_title(f"Best detector: {cells.name[cells.auroc_max_logit.idxmax()]}", fontsize=10); axes[1].set_title(f"Most robust: {cells.name[cells.fgsm_drop.idxmin()]}", fontsize=10)
+    axes[0].set_title(f"Highest mean: {cells.name[cells.auroc_max_logit.idxmax()]}", fontsize=10); axes[1].set_title(f"Least lost on average: {cells.name[cells.fgsm_drop.idxmin()]}", fontsize=10)
     handles = [plt.Line2D([], [], ls="", marker="o", color=color, label=name) for name, color in colors.items()]
     handles += [plt.Line2D([], [], ls="", marker="o", color="grey", mfc=fill, label=label) for fill, label in (("grey", "soft"), ("none", "hard")) if two]
     handles += [plt.Line2D([], [], ls="", marker=m, color="grey", label=mix) for mix, m in MARKERS.items() if mix != "none" and (cells.mix == mix).any()]
@@ -252,7 +274,7 @@ def ood_scores(gathered) -> Figure:
             if len(values): ax.plot(values.mean(), y, "|", color=colors[model], ms=8, mew=2)
     ax.axvline(.5, color="grey", lw=.8); ax.set(yticks=range(len(scores)), yticklabels=[s.removeprefix("auroc_").replace("_", " ") for s in scores], ylim=(len(scores) - .5, -.5), xlabel="OOD AUROC (grey line: chance)")
     means = gathered.groupby("model")[scores].mean().stack()
-    ax.set_title(f"Best: {means.idxmax()[1].removeprefix('auroc_').replace('_', ' ')} of {means.idxmax()[0]}, AUROC {means.max():.3f}", fontsize=10)
+    ax.set_title(f"Highest mean: {means.idxmax()[1].removeprefix('auroc_').replace('_', ' ')} of {means.idxmax()[0]}, AUROC {means.max():.3f}", fontsize=10)
     fig.legend(handles=[plt.Line2D([], [], ls="", marker="|", mew=2, ms=8, color=c, label=m) for m, c in colors.items()], loc="outside right upper", frameon=False, fontsize=8)
     return fig
 
