@@ -12,8 +12,8 @@ demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to html demo/train.ipynb
 	@echo "Done. Open demo/train.html in a browser."
 
-test: $(READY)            ## everything CI runs; ends with "N passed, M failed, K skipped"
-	$(BIN)/python -m pytest tests
+test: $(READY)            ## everything CI runs, two tests at a time with a thread each; ends with "N passed, M failed, K skipped"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 lab: $(READY)             ## JupyterLab, with nbs/explore.ipynb open
 	$(BIN)/jupyter lab nbs/explore.ipynb

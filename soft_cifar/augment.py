@@ -11,7 +11,7 @@ __all__ = ['check_images', 'per_image', 'grey', 'blend_', 'adjust_brightness', '
 # %% ../nbs/03_augment.ipynb #474620d3
 import math, torch
 from torch.nn.functional import grid_sample
-from .checks import InputError, number
+from .checks import InputError, number, shapes
 
 # %% ../nbs/03_augment.ipynb #3639e29f
 def check_images(x, channels=None):
@@ -39,14 +39,17 @@ def blend_(x, keep, to_grey, to_mean):
 # %% ../nbs/03_augment.ipynb #b9a1f605
 def adjust_brightness(x, factor):
     "`x` [B,3,H,W] with brightness times `factor` [B] >= 0; 0 is black, 1 changes nothing. As in torchvision, on a batch."
+    shapes(x=(x, "B3HW", "floating"), factor=(factor, "B"))
     return blend_(x.clone(), factor, 0 * factor, 0 * factor)
 
 def adjust_contrast(x, factor):
     "`x` [B,3,H,W] with contrast times `factor` [B] >= 0; 0 is the image's mean grey, 1 changes nothing. As in torchvision, on a batch."
+    shapes(x=(x, "B3HW", "floating"), factor=(factor, "B"))
     return blend_(x.clone(), factor, 0 * factor, 1 - factor)
 
 def adjust_saturation(x, factor):
     "`x` [B,3,H,W] with saturation times `factor` [B] >= 0; 0 is grey, 1 changes nothing. As in torchvision, on a batch."
+    shapes(x=(x, "B3HW", "floating"), factor=(factor, "B"))
     return blend_(x.clone(), factor, 1 - factor, 0 * factor)
 
 # %% ../nbs/03_augment.ipynb #2f609e2f
@@ -63,6 +66,7 @@ def turn_hue_(x, amount):
 
 def adjust_hue(x, amount):
     "`x` [B,3,H,W] with the hue turned by `amount` [B] of a full turn, in [-.5, .5]. As in torchvision, on a batch, without a branch."
+    shapes(x=(x, "B3HW", "floating"), amount=(amount, "B"))
     return turn_hue_(x.clone(), amount)
 
 # %% ../nbs/03_augment.ipynb #fcdbaf45
@@ -82,6 +86,7 @@ def color_jitter_(x, factors, hue, order):
 def flip_rotate(x, mask, degrees):
     """`x` [B,C,H,W], mirrored left to right where `mask` [B] (bool) is true, then turned counter-clockwise by `degrees` [B]
     about its centre; nearest pixel, black outside, torchvision's defaults."""
+    shapes(x=(x, "BCHW", "floating"), mask=(mask, "B"), degrees=(degrees, "B"))
     (h, w), side, angle = x.shape[2:], (1 - 2. * mask)[:, None, None], torch.deg2rad(degrees)[:, None, None]
     u = torch.arange(w, device=x.device) - (w - 1) / 2
     v = torch.arange(h, device=x.device)[:, None] - (h - 1) / 2
@@ -99,6 +104,7 @@ def source(start, length, n):
 
 def resized_crop(x, top, left, height, width):
     "The box at `top`, `left` of `height`, `width` (each [B], whole pixels, float) of `x` [B,C,H,W], resized to HxW bilinearly."
+    shapes(x=(x, "BCHW", "floating"), top=(top, "B"), left=(left, "B"), height=(height, "B"), width=(width, "B"))
     b, _, h, w = x.shape
     u, v = source(left, width, w)[:, None].expand(b, h, w), source(top, height, h)[:, :, None].expand(b, h, w)
     return grid_sample(x, torch.stack([u, v], 3), mode="bilinear", align_corners=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'Pictures', 'pil_epoch', 'plain_sgd', 'plain_step', 'plain_epoch', 'prepare', 'trainer_of', 'measure',
            'in_a_process', 'answer_of', 'floors', 'replay_difference', 'idle_share', 'evaluation_time', 'jobs_scaling',
-           'seeds_at_once', 'accuracies', 'parts', 'everything', 'ours', 'speeds', 'main']
+           'seeds_at_once', 'accuracies', 'parts', 'everything', 'ours', 'speeds', 'compact_runs', 'main']
 
 # %% ../nbs/benchmark.ipynb #b643c5eb
 import json, os, resource, statistics, subprocess, sys, time
@@ -58,7 +58,8 @@ def plain_epoch(classifier, optimiser, train, run:Run):
         for index in training.shuffled(pixels, source, run, generator): plain_step(classifier, optimiser, *training.batch(pixels, source, run, index, generator))
     return epoch
 
-WAYS = ("pil", "plain", "eager", "graph", "bf16")
+WAYS = dict(     # of training, with the parameters of a run that each takes
+    pil={}, plain={}, eager=dict(recorded=False), graph={}, bf16=dict(bfloat16=True), compact=dict(preset="compact", recorded=False))
 
 def prepare(method:str, images:int, **options):
     "(`Run`, training images, classifier) of the published protocol on as many images of the oracle set."
@@ -73,8 +74,8 @@ def trainer_of(run:Run, train, classifier, words:str="soft") -> training.Trainer
 def measure(method:str, way:str, epochs:int=2) -> dict:
     "Train `method` in one of `WAYS` for `epochs` epochs, of 64 steps on a GPU and of 4 on a CPU, after one that does not count. Returns images per second, seconds before the first step ended, and memory in bytes."
     images, start = 8192 if torch.cuda.is_available() else 512, time.perf_counter()
-    run, train, classifier = prepare(method, images, bfloat16=way == "bf16", recorded=way in ("graph", "bf16"))
-    if one_of("way", way, WAYS) in ("pil", "plain"):
+    run, train, classifier = prepare(method, images, **WAYS[one_of("way", way, WAYS)])
+    if way in ("pil", "plain"):
         classifier.to(run.on)
         epoch = (pil_epoch if way == "pil" else plain_epoch)(classifier, plain_sgd(classifier, run), train, run)
     else:
@@ -188,9 +189,10 @@ def parts(rounds:int) -> dict:
     "Every part of the measurement, by name, as a function; processes are timed `rounds` times."
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # what deterministic matrix products on a GPU ask for
     cuda, methods = torch.cuda.is_available(), models.methods()
-    ways, many = (WAYS, (1, 2, 4, 8, 16)) if cuda else (WAYS[:3], [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)])
+    ways = ("pil", "plain", "eager", "graph", "bf16") if cuda else ("pil", "plain", "eager", "compact")
+    many = (1, 2, 4, 8, 16) if cuda else [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
     found = dict(rows=lambda: [answer_of(in_a_process(["measure", method, way])) for _ in range(rounds) for method in methods for way in ways],     # first: a process inherits the peak memory of its parent
-                 jobs=lambda: [jobs_scaling(n, "graph" if cuda else "eager") for n in many],
+                 jobs=lambda: [jobs_scaling(n, "graph" if cuda else "compact") for n in many],
                  floors=lambda: [floors(method) for method in methods], evaluation=lambda: [evaluation_time(method) for method in methods])
     if not cuda: return found
     return dict(replayed=lambda: [replay_difference(method, mix) for method in methods for mix in runs.MIXES]) | found | dict(idle=lambda: [idle_share(method) for method in methods],
@@ -211,9 +213,18 @@ def ours(table) -> str:
     return "graph" if "graph" in table else "eager"
 
 def speeds(measured:dict) -> pd.DataFrame:
-    "Images per second of each method (rows) and way, and the ratios of ours to `pil` and `plain`, of what `everything` wrote."
+    "Images per second of each method (rows) and way, and ratios, of what `everything` wrote: ours to `pil` and `plain`, and `compact` to ours and to that of `basic`."
     table = pd.DataFrame(measured["rows"]).groupby(["method", "way"], sort=False).images_per_second.median().unstack(sort=False)
-    return table.assign(**{f"{ours(table)} / {other}": table[ours(table)] / table[other] for other in ("pil", "plain")})
+    ratios = {f"{ours(table)} / {other}": table[ours(table)] / table[other] for other in ("pil", "plain")}
+    if "compact" in table: ratios |= {"compact / eager": table.compact / table.eager, "compact / compact of basic": table.compact / table.compact["basic"]}
+    return table.assign(**ratios)
+
+def compact_runs(measured:dict) -> pd.DataFrame:
+    "For each method, of what `everything` wrote on a CPU: seconds of an epoch, of the evaluation, and minutes of a run of preset `compact`, alone on the machine; the evaluation in epochs."
+    epoch = 8000 / speeds(measured).compact
+    table = pd.DataFrame(measured["evaluation"]).set_index("method").assign(epoch=epoch)
+    table["minutes"] = (runs.PRESETS["compact"]["epochs"] * table.epoch + table.finish + table.evaluate) / 60
+    return table.assign(evaluation_in_epochs=table.evaluate / table.epoch)[["epoch", "evaluate", "evaluation_in_epochs", "minutes"]]
 
 def main(words) -> None:
     "`measure METHOD WAY` prints one measurement, `everything FOLDER` writes all of them there."

@@ -9,13 +9,14 @@ __all__ = ['PAGE', 'prepare', 'pack', 'make', 'show', 'tell', 'report', 'seeds',
 import argparse, sys
 import torch
 from . import data, study
-from .checks import InputError, StudyError, project_path, shown
+from .checks import DataError, InputError, StudyError, brief, escape_html, project_path, shown
 
 # %% ../nbs/60_cli.ipynb #b74a4348
 def prepare(arguments) -> None:
     "Load each named set and say where it is and what it holds. With --pack, write what a study reads of it into a folder, for a host without a network."
+    if arguments.pack and arguments.names: raise InputError(f"data {' '.join(arguments.names)} --pack {arguments.pack}: the study says which sets it reads, leave the names out")
     if arguments.pack: return pack(study.load(arguments.pack), arguments.root, project_path("pack"))
-    for name in arguments.names: print(f"{data.load(name, arguments.root)}   in {shown(data.data_root(arguments.root))}", flush=True)
+    for name in arguments.names or ["cifar10h", "svhn"]: print(f"{data.load(name, arguments.root)}   in {shown(data.data_root(arguments.root))}", flush=True)
 
 def pack(wanted, root, place) -> None:
     "Write archives of the images that a study reads into the folder `place`: of those it trains and tests on all, of those out of distribution the first `ood_size`."
@@ -27,9 +28,10 @@ def pack(wanted, root, place) -> None:
 
 def make(arguments) -> None:
     "Make the runs of a study that are not done. What is done stays; a run that was interrupted resumes."
+    if arguments.scheduler and arguments.jobs: raise InputError(f"--jobs {arguments.jobs} has no effect with --scheduler, whose workers take one run each: leave it out")
     wanted = study.load(arguments.file, arguments.seeds, arguments.only)
     if arguments.dry_run: return tell(wanted)
-    try: failures = study.execute(wanted, arguments.jobs, arguments.scheduler, arguments.repair)
+    try: failures = study.execute(wanted, 1 if arguments.jobs is None else arguments.jobs, arguments.scheduler, arguments.repair)
     except KeyboardInterrupt: sys.exit("interrupted: finished runs are kept, the others resume with the same command")
     if failures: sys.exit(1)
 
@@ -40,6 +42,7 @@ def show(arguments) -> None:
 def tell(wanted) -> None:
     if wanted.left_out: print(wanted.left_out)
     table = study.status(wanted)
+    if table.empty: return print(f"{wanted.name}: no runs")
     counted = table.pivot_table(index="cell", columns="state", values="seed", aggfunc="count", fill_value=0, sort=False)
     print(counted.to_string())
     for row in table[table.error != ""].itertuples(): print(f"{row.state}: {row.cell} seed {row.seed}: {row.error}" + f"\n  {row.notebook}" * bool(row.notebook))
@@ -55,19 +58,25 @@ def report(arguments) -> None:
     import nbconvert     # not needed by the other commands
     wanted = study.load(arguments.file)
     place = wanted.path.parent.parent / "report" / wanted.name
-    place.mkdir(parents=True, exist_ok=True)
-    try: notebook = study.run_papermill("report.ipynb", place / "report.ipynb", dict(study_file=shown(wanted.path)))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        notebook = study.run_papermill("report.ipynb", place / "report.ipynb", dict(study_file=shown(wanted.path)))
     except study.PapermillExecutionError as error: raise StudyError(f"{error.evalue} (notebook: {shown(place / 'report.ipynb')})") from None
+    except study.DeadKernelError: raise StudyError(f"the kernel that compiled the report died, perhaps for want of memory (notebook: {shown(place / 'report.ipynb')})") from None
+    except OSError as error: raise DataError(f"cannot write to {shown(place)} ({error.strerror or error}): free some space, or copy the study to a folder you can write to") from None
     notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", []) and not cell.source.startswith(("# Report", "- skip_exec"))]
     body, _ = nbconvert.HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True).from_notebook_node(notebook)
-    (place / "index.html").write_text(PAGE.format(title=f"soft_cifar: {wanted.name}", body=body))
+    (place / "index.html").write_text(PAGE.format(title=escape_html(f"soft_cifar: {wanted.name}"), body=body))
     print(f"{shown(place / 'index.html')}")
 
 def seeds(text:str) -> list[int]:
-    "`0-4` or `0,2,5-7` as a list. Raises `InputError`."
-    try: found = [n for part in text.split(",") for first, _, last in [part.partition("-")] for n in range(int(first), int(last or first) + 1)]
-    except ValueError: found = []
-    if not found: raise InputError(f"--seeds {text!r}: expected seeds such as 0-4 or 0,2,5")
+    "`0-4` or `0,2,5-7` as a list of at most a thousand. Raises `InputError`."
+    try:
+        ends = [(int(first), int(last or first)) for part in text.split(",") for first, _, last in [part.partition("-")]]
+        found = [n for first, last in ends if last - first < 1000 for n in range(first, last + 1)]
+        fits = 0 < len(found) <= 1000 and all(first <= last < first + 1000 for first, last in ends)
+    except ValueError: fits = False
+    if not fits: raise InputError(f"--seeds {brief(text)}: expected seeds such as 0-4 or 0,2,5, a thousand at most")
     return found
 
 def main(words=None) -> None:
@@ -78,16 +87,16 @@ def main(words=None) -> None:
         made = commands.add_parser(name, help=help, description=run.__doc__); made.set_defaults(run=run)
         return made
     one = command("data", prepare, "download, prepare and check image sets")
-    one.add_argument("names", nargs="*", default=["cifar10h", "svhn"], help=f"default: cifar10h svhn; known: {', '.join([*data.OFFICIAL, *data.PREPARED])}")
+    one.add_argument("names", nargs="*", help=f"default: cifar10h svhn; known: {', '.join([*data.OFFICIAL, *data.PREPARED])}")
     one.add_argument("--root", help="the data root; default: $SOFT_CIFAR_DATA, else data/")
     one.add_argument("--pack", metavar="STUDY", help="write the images that the runs of this file read into pack/")
     one = command("study", make, "make the runs of a study")
     one.add_argument("file", help="a study file such as runs/demo.yaml")
-    one.add_argument("--jobs", type=int, default=1, help="kernels at a time on this machine; default: 1")
+    one.add_argument("--jobs", type=int, help="kernels at a time on this machine; default: 1")
     one.add_argument("--seeds", help="other seeds than the file's, such as 0-9")
     one.add_argument("--only", metavar="WORD", help="the cells whose model type or name contains WORD")
     one.add_argument("--dry-run", action="store_true", help="say what is done and what is to do, and stop")
-    one.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of this Dask scheduler, such as tcp://host:8786")
+    one.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of this Dask scheduler, such as tcp://127.0.0.1:8786")
     one.add_argument("--repair", action="store_true", help="set damaged run folders aside and make these runs again")
     one = command("status", show, "what is done, pending, failed")
     one.add_argument("file")
@@ -95,7 +104,7 @@ def main(words=None) -> None:
     one.add_argument("file")
     arguments = parser.parse_args(words)
     try:
-        if getattr(arguments, "seeds", None): arguments.seeds = seeds(arguments.seeds)
+        if getattr(arguments, "seeds", None) is not None: arguments.seeds = seeds(arguments.seeds)
         arguments.run(arguments)
     except StudyError as error: sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt: sys.exit("interrupted")

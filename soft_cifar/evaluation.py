@@ -21,6 +21,8 @@ METRICS = {   # name: (what it is, range, which way is better)
     "brier": ("squared error of the distribution against the one-hot label", "0 to 2", "lower"),
     "ece": ("expected calibration error of the top label, 15 bins", "0 to 1", "lower"),
     "ece_10": ("the same with the published study's 10 bins", "0 to 1", "lower"),
+    "ece_debiased": ("root mean square calibration error less what a finite test set adds, 15 bins", "0 to 1", "lower"),
+    "ece_votes": ("ece against the votes: an image is right by the share of people who say what the network says", "0 to 1", "lower"),
     "ece_equal_mass": ("the same with 15 bins of equal mass", "0 to 1", "lower"),
     "ece_true_class": ("the published study's variant: binned by the true class's probability, 10 bins", "0 to 1", "not a calibration error"),
     "ece_unanimous": ("ece on images whose voters all agree", "0 to 1", "lower"),
@@ -28,6 +30,8 @@ METRICS = {   # name: (what it is, range, which way is better)
     "uce": ("uncertainty calibration error: normalised entropy against the error rate, 15 bins", "0 to 1", "lower"),
     "f1": ("F1 score, mean over classes", "0 to 1", "higher"),
     "confidence": ("mean probability of the top label", "0 to 1", "near accuracy"),
+    "confidence_right": ("the same on the images classified right", "0 to 1", "higher"),
+    "confidence_wrong": ("the same on the images classified wrong", "0 to 1", "lower"),
     "ce_humans": ("cross-entropy to the human distribution", "nats, from 0", "lower"),
     "kl_humans": ("KL divergence from the human distribution", "nats, from 0", "lower"),
     "kl_humans_correct": ("the same on the images this model classifies right, as Zhang et al. compare in their table XII", "nats, from 0", "lower"),
@@ -45,13 +49,17 @@ METRICS = {   # name: (what it is, range, which way is better)
     "temperature": ("the temperature that suits validation images best; above 1: over-confident", "above 0", "near 1"),
     "nll_scaled": ("nll after scaling by it", "nats, from 0", "lower"),
     "ece_scaled": ("ece after scaling by it", "0 to 1", "lower"),
+    "ece_votes_scaled": ("ece_votes after scaling by it", "0 to 1", "lower"),
+    "kl_humans_scaled": ("kl_humans after scaling by it", "nats, from 0", "lower"),
     "resampling_flips": ("share of predictions that change when the same images are asked again", "0 to 1", "0 unless stochastic"),
     "fgsm_accuracy": ("share right both before and after FGSM", "0 to 1", "higher"),
     "fgsm_drop": ("accuracy lost to FGSM, over all test images", "0 to 1", "lower"),
     "fgsm_drop_of_correct": ("share of the right answers lost to FGSM", "0 to 1", "lower"),
+    "fgsm_nll": ("mean negative log-likelihood of the test label after FGSM", "nats, from 0", "lower"),
     "pgd_accuracy": ("share right both before and after PGD, if pgd_steps > 0", "0 to 1", "higher"),
     "pgd_drop": ("accuracy lost to PGD, over all test images", "0 to 1", "lower"),
     "pgd_drop_of_correct": ("share of the right answers lost to PGD", "0 to 1", "lower"),
+    "pgd_nll": ("as fgsm_nll, after PGD", "nats, from 0", "lower"),
 }
 
 # %% ../nbs/32_evaluation.ipynb #88a3aa04
@@ -81,14 +89,17 @@ def label_metrics(log_probs:Tensor, labels:Tensor, counts:Tensor|None=None, post
     found = dict(
         accuracy=m.accuracy(log_probs, labels), nll=m.nll(log_probs, labels), brier=m.brier(log_probs, labels), ece=m.ece(log_probs, labels),
         ece_10=m.ece(log_probs, labels, bins=10), ece_equal_mass=m.ece_equal_mass(log_probs, labels), ece_true_class=m.ece_true_class(log_probs, labels),
-        uce=m.uce(log_probs, labels), f1=m.class_f1_confidence(log_probs, labels)[0].nanmean().item(), confidence=log_probs.double().exp().amax(1).mean().item())
+        ece_debiased=m.ece_debiased(log_probs, labels), uce=m.uce(log_probs, labels), f1=m.class_f1_confidence(log_probs, labels)[0].nanmean().item())
+    confidence, right = log_probs.double().exp().amax(1), log_probs.argmax(1) == labels
+    found |= dict(confidence=confidence.mean().item(), confidence_right=confidence[right].mean().item(), confidence_wrong=confidence[~right].mean().item())
     if counts is not None:
         humans = counts.double() / counts.sum(1, keepdim=True)
-        agreed, right = counts.amax(1) == counts.sum(1), log_probs.argmax(1) == labels
+        agreed = counts.amax(1) == counts.sum(1)
         for name, rows in (("unanimous", agreed), ("disputed", ~agreed)):
             found[f"ece_{name}"] = m.ece(log_probs[rows], labels[rows]) if rows.any() else float("nan")
         found["kl_humans_correct"] = m.kl_to_humans(log_probs[right], humans[right]) if right.any() else float("nan")
         found |= dict(
+            ece_votes=m.ece_votes(log_probs, humans),
             ce_humans=m.ce_to_humans(log_probs, humans), kl_humans=m.kl_to_humans(log_probs, humans), js_humans=m.js_to_humans(log_probs, humans),
             tv_humans=m.tv_to_humans(log_probs, humans), brier_humans=m.brier(log_probs, humans), brier_irreducible=m.brier_irreducible(humans),
             entropy_correlation=m.entropy_correlation(log_probs, humans), sba=m.second_best_accuracy(log_probs, counts),
@@ -103,7 +114,9 @@ def attack_metrics(name:str, log_probs:Tensor, attacked:Tensor, labels:Tensor) -
     "Accuracy left under an attack and its two forms of decrease, from predictions before and after. Only what was right before can be lost."
     before = log_probs.argmax(1) == labels
     right, left = before.double().mean().item(), (before & (attacked.argmax(1) == labels)).double().mean().item()
-    return {f"{name}_accuracy": left, f"{name}_drop": right - left, f"{name}_drop_of_correct": 1 - left / right if right else float("nan")}
+    return {
+        f"{name}_accuracy": left, f"{name}_drop": right - left, f"{name}_drop_of_correct": 1 - left / right if right else float("nan"),
+        f"{name}_nll": metrics.nll(attacked, labels)}
 
 # %% ../nbs/32_evaluation.ipynb #8e674d5b
 def judged_by(image_set:ImageSet, run:Run) -> Tensor:
@@ -149,7 +162,11 @@ def measure(kept:dict[str, Tensor], posterior:Tensor|None=None) -> dict[str, flo
     scores, ood_scores = ({k.removeprefix(kind): v for k, v in kept.items() if k.startswith(kind)} for kind in ("score_", "ood_score_"))
     T = extras.fit_temperature(kept["validation_log_probs"], metrics.distribution(kept["validation_labels"], p.shape[1]))
     found = label_metrics(p, kept["labels"], counts, posterior) | ood_metrics(scores, ood_scores)
-    found |= dict(temperature=T, nll_scaled=metrics.nll(extras.temper(p, T), kept["labels"]), ece_scaled=metrics.ece(extras.temper(p, T), kept["labels"]))
+    scaled = extras.temper(p, T)
+    found |= dict(temperature=T, nll_scaled=metrics.nll(scaled, kept["labels"]), ece_scaled=metrics.ece(scaled, kept["labels"]))
+    if counts is not None:
+        humans = counts.double() / counts.sum(1, keepdim=True)
+        found |= dict(ece_votes_scaled=metrics.ece_votes(scaled, humans), kl_humans_scaled=metrics.kl_to_humans(scaled, humans))
     found["resampling_flips"] = (p.argmax(1) != kept["again_predicted"]).double().mean().item()
     for name in ("fgsm", "pgd"):
         if f"{name}_log_probs" in kept: found |= attack_metrics(name, p, kept[f"{name}_log_probs"], kept["labels"])

@@ -9,7 +9,7 @@ __all__ = ['temper', 'fit_temperature', 'Mahalanobis', 'Ensemble']
 import math
 import torch
 from torch import Tensor, nn
-from .checks import InputError
+from .checks import InputError, shapes
 from .models import Classifier, softmax_scores
 
 # %% ../nbs/33_extras.ipynb #588863a6
@@ -28,17 +28,20 @@ def fit_temperature(log_probs:Tensor, targets:Tensor, low:float=.05, high:float=
 
 # %% ../nbs/33_extras.ipynb #5d3d1274
 class Mahalanobis:
-    "The Mahalanobis score of `features` [N,F] with class indices `labels` [N]; a class without images is left out."
+    "The Mahalanobis score of `features` [N,F] with class indices `labels` [N]; a class without images is left out. Raises `InputError` for other shapes."
     def __init__(self, features:Tensor, labels:Tensor):
+        shapes(features=(features, "NF", "floating"), labels=(labels, "N", "whole"))
         features, present = features.double(), labels.unique()
         self.means = torch.stack([features[labels == k].mean(0) for k in present])                 # [C,F]
         centred = features - self.means[torch.searchsorted(present, labels)]
         covariance = centred.T @ centred / len(features)
-        jitter = 1e-9 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        spread = covariance.diagonal().mean().clamp(min=1e-21)     # images that all look the same have none
+        jitter = 1e-9 * spread * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         self.factor = torch.linalg.cholesky(covariance + jitter)
 
     def score(self, features:Tensor) -> Tensor:
         "Squared distance [B] of `features` [B,F] to the nearest class mean; larger = more uncertain."
+        shapes(means=(self.means, "CF"), features=(features, "BF", "floating"))
         offsets = (features.double()[:, None] - self.means).flatten(0, 1)
         return torch.linalg.solve_triangular(self.factor, offsets.T, upper=False).square().sum(0).view(len(features), -1).amin(1)
 

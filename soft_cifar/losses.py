@@ -9,7 +9,7 @@ __all__ = ['OBJECTIVES', 'soft_cross_entropy', 'distillation', 'reverse_cross_en
 # %% ../nbs/10_losses.ipynb #b34920ec
 import inspect
 import torch
-from .checks import InputError, number, one_of
+from .checks import InputError, number, one_of, shapes
 
 # %% ../nbs/10_losses.ipynb #19a114f4
 def soft_cross_entropy(
@@ -17,6 +17,7 @@ def soft_cross_entropy(
     targets:torch.Tensor, # [B,K], rows sum to 1
 ) -> torch.Tensor:        # scalar, nats
     "Mean cross-entropy of `softmax(logits)` against `targets`. Raises `InputError` when the shapes differ."
+    shapes(logits=(logits, "BK", "floating"))
     if logits.shape != targets.shape: raise InputError(
         f"targets of shape {tuple(targets.shape)}, expected {tuple(logits.shape)} like the logits: class indices need F.one_hot first")
     return -(targets * logits.log_softmax(1)).sum(1).mean()
@@ -27,18 +28,21 @@ def distillation(
     log_teacher:torch.Tensor,  # [B,K], the teacher's log-probabilities, or its logits
     temperature:float,         # T > 0
 ) -> torch.Tensor:             # scalar, nats
-    "Mean KL divergence from the teacher's distribution to the network's, both softened, times T squared (Hinton et al. 2015, section 2). Raises `InputError` for T <= 0."
+    "Mean KL divergence from the teacher's distribution to the network's, both softened, times T squared (Hinton et al. 2015, section 2). Raises `InputError` for T <= 0, or shapes that differ."
+    shapes(logits=(logits, "BK", "floating"), log_teacher=(log_teacher, "BK", "floating"))
     T = number("temperature", temperature, low=0, open_low=True)
     log_p, log_q = (logits / T).log_softmax(1), (log_teacher / T).log_softmax(1)
     return T**2 * (log_q.exp() * (log_q - log_p)).sum(1).mean()
 
 # %% ../nbs/10_losses.ipynb #4625530e
 def reverse_cross_entropy(logits:torch.Tensor, targets:torch.Tensor, log_zero:float=-4.) -> torch.Tensor:
-    "Mean cross-entropy of `targets` [B,K] against `softmax(logits)` [B,K], with log 0 = `log_zero`: a scalar, nats (Wang et al. 2019, eq. 6)."
+    "Mean cross-entropy of `targets` [B,K] against `softmax(logits)` [B,K], with log 0 = `log_zero`: a scalar, nats (Wang et al. 2019, eq. 6). Raises `InputError` when the shapes differ."
+    shapes(logits=(logits, "BK", "floating"), targets=(targets, "BK", "floating"))
     return -(logits.softmax(1) * targets.log().clamp(min=log_zero)).sum(1).mean()
 
 def confusion_of_pairs(logits:torch.Tensor, targets:torch.Tensor) -> torch.Tensor:
-    "Mean squared distance between `softmax(logits)` of image i and of image i + B//2, weighted by how far `targets` [B,K] differ: a scalar, 0 to 2 (Dubey et al. 2018)."
+    "Mean squared distance between `softmax(logits)` of image i and of image i + B//2, weighted by how far `targets` [B,K] differ: a scalar, 0 to 2 (Dubey et al. 2018). Raises `InputError` when the shapes differ."
+    shapes(logits=(logits, "BK", "floating"), targets=(targets, "BK", "floating"))
     pairs = len(logits) // 2
     p, y = logits.softmax(1), targets
     differ = 1 - (y[:pairs] * y[pairs:2*pairs]).sum(1)

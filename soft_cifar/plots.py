@@ -6,7 +6,7 @@
 __all__ = ['HUMAN', 'MODEL', 'OTHER', 'NAMES', 'HIGHER', 'MARKERS', 'compact_png', 'votes_grid', 'vote_bars', 'people',
            'disputed_to_unanimous', 'learning_curves', 'reliability_diagrams', 'f1_confidence', 'principal', 'tsne',
            'penultimate', 'cases', 'colors_of', 'listed', 'verdict_title', 'better_title', 'forest', 'tradeoff',
-           'sweep', 'ood_scores', 'entropy_against_people', 'cost']
+           'sweep', 'ood_scores', 'entropy_against_people', 'cost', 'answer', 'signed']
 
 # %% ../nbs/51_plots.ipynb #4a74eae2
 import io, textwrap
@@ -306,3 +306,28 @@ def cost(gathered) -> Figure:
     ax.set_title(f"{whole.idxmax()} takes {whole.max() / whole.min():.1f} times as long as {whole.idxmin()}" if len(whole) > 1 else "", fontsize=10)
     ax.invert_yaxis(); ax.set_xlabel("seconds, fastest run"); ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     return fig
+
+# %% ../nbs/51_plots.ipynb #b223039b
+def answer(differences) -> Figure:
+    """What soft labels change: the pooled rows of `tables.soft_minus_hard` that have a smallest difference that matters, in
+    units of it, better to the right. The thin line is the 95% interval, the thick one behind it that for a new pool of images."""
+    rows = differences[(differences.configuration == "pooled") & differences.smallest.notna()]
+    fig, ax = plt.subplots(figsize=(5, 1.2 + .55 * len(rows)), layout="constrained")
+    ax.axvspan(-1, 1, color="#dddddd", lw=0)
+    for y, row in enumerate(rows.itertuples()):
+        unit = row.smallest if row.metric in HIGHER else -row.smallest
+        color = HUMAN if row.verdict.startswith("better") else MODEL if row.verdict.startswith("worse") else "#555555"
+        ax.plot([row.pool_low / unit, row.pool_high / unit], [y, y], color=color, alpha=.25, lw=9, solid_capstyle="butt")
+        ax.plot([row.low / unit, row.high / unit], [y, y], color=color, lw=2.5)
+        ax.plot(row.estimate / unit, y, "o", color=color, ms=8)
+    ax.axvline(0, color="grey", lw=1)
+    names = [f"{NAMES.get(row.metric, row.metric)}\n{signed(row)}" for row in rows.itertuples()]
+    ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - .4, -.6))
+    ax.set_xlabel("soft minus hard labels, in smallest differences\nthat matter (grey); better to the right", fontsize=11)
+    ax.tick_params(labelsize=11, left=False)
+    sns.despine(ax=ax, left=True)
+    return fig
+
+def signed(row) -> str:
+    "The estimate of a row of differences, shares of images in points."
+    return f"{100 * row.estimate:+.1f} points" if row.metric in ("accuracy", "fgsm_drop") else f"{row.estimate:+.3f}"

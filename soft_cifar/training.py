@@ -22,6 +22,9 @@ from .runs import Run
 def learning_rate(run:Run, epoch:int, step:int, steps:int) -> float:
     "Learning rate of `step` (from 0) of `steps` in `epoch` (from 0)."
     done = epoch + (step + 1) / steps
+    if run.schedule == "one_cycle":
+        peak = run.epochs / 4
+        return run.lr * min(done / peak, (1 + math.cos(math.pi * max(0., done - peak) / (run.epochs - peak))) / 2)
     return run.lr * min(1., done / max(run.warmup, 1e-9)) * run.decay ** sum(epoch >= m for m in run.milestones)
 
 # %% ../nbs/31_training.ipynb #62d8bf8f
@@ -77,8 +80,8 @@ class Trainer:
         self.classifier, self.optimiser, self.pixels, self.source, self.run = classifier, optimiser, pixels, source, run
         self.generator, self.total = torch.Generator(pixels.device), torch.zeros((), device=pixels.device)
         self.shape = partial(losses.OBJECTIVES[run.loss], **run.objective)
-        classifier.network.bfloat16 = run.bfloat16
-        self.recorded, self.graphs = pixels.is_cuda and run.recorded, {}     # graphs by batch size
+        classifier.network.bfloat16 = run.computes_in == "bfloat16"
+        self.recorded, self.graphs = pixels.is_cuda and run.recorded, {}     # graphs by batch size and kind of step
 
     def epoch(self, epoch:int) -> float:
         "One epoch (from 0); returns the mean loss, in nats per image."
@@ -87,6 +90,7 @@ class Trainer:
         indices = shuffled(self.pixels, self.source, self.run, self.generator)
         for step, index in enumerate(indices):
             self.optimiser.param_groups[0]["lr"].fill_(learning_rate(self.run, epoch, step, len(indices)))
+            self.classifier.turn = (epoch * len(indices) + step) % self.classifier.period
             self.replay(index) if self.recorded else self.step(index)
         return self.total.item() / len(self.pixels)
 
@@ -101,12 +105,13 @@ class Trainer:
         self.total += loss.detach() * len(x)
 
     def replay(self, index:Tensor) -> None:
-        "`step`, recorded at the first batch of this size. Raises `StudyError` where that fails."
-        if len(index) not in self.graphs:
-            try: self.graphs[len(index)] = self.record(index)
+        "`step`, recorded at the first batch of this size and kind. Raises `StudyError` where that fails."
+        kind = len(index), self.classifier.turn
+        if kind not in self.graphs:
+            try: self.graphs[kind] = self.record(index)
             except RuntimeError as error:
                 raise StudyError(f"a training step could not be recorded as a CUDA graph ({str(error).splitlines()[0]}): take steps one by one with recorded=False") from error
-        graph, positions, _ = self.graphs[len(index)]
+        graph, positions, _ = self.graphs[kind]
         positions.copy_(index); graph.replay()
 
     def record(self, index:Tensor) -> tuple:
@@ -216,25 +221,30 @@ def fit(
             written = time.perf_counter()
         progress(history)
     classifier.load_state_dict(best)
+    classifier.network.bfloat16 = False
     classifier.eval().finish(pixels)
     return history
 
 # %% ../nbs/31_training.ipynb #f242e767
 def plan(run:Run) -> str:
-    "One sentence: what `run` will do, on what, and how long its training takes, from the fastest of three steps measured now."
+    "One sentence: what `run` will do, on what, and how long its training takes, from the fastest of three steps of each kind, measured now."
     keep_freed_memory()     # as `fit` does: without, a step may take twice as long
     device, steps = run.on, math.ceil(run.train_size / run.batch_size)
     classifier, g = models.create(run.method, 0, **run.model), torch.Generator(device).manual_seed(0)
     classifier.to(device, memory_format=classifier.memory_format)
-    optimiser, times = sgd(classifier, run), []
-    for _ in range(4):
+    classifier.network.bfloat16 = run.computes_in == "bfloat16"
+    optimiser, times = sgd(classifier, run), {turn: [] for turn in range(classifier.period)}
+    for step in range(4 * classifier.period):
         start = time.perf_counter()
+        classifier.turn = step % classifier.period
         x = torch.rand(min(run.batch_size, run.train_size), 3, 32, 32, device=device, generator=g)
         loss = classifier.loss(augment.augment(x, g) if run.augment else x, torch.full((len(x), 10), .1, device=device))
-        loss.backward(); optimiser.step(); loss.item()
-        times.append(time.perf_counter() - start)
-    seconds = min(times[1:]) * steps * run.epochs
+        loss.backward()
+        optimiser.step()
+        loss.item()
+        times[classifier.turn].append(time.perf_counter() - start)
+    seconds = sum(min(spent[1:]) for spent in times.values()) / classifier.period * steps * run.epochs
     where = f"{torch.cuda.get_device_name()}" if device.type == "cuda" else f"the CPU (no GPU; threads: {torch.get_num_threads()})" if run.device == "auto" else "the CPU"
     advice = "" if seconds < 1200 else ". For a first look in minutes: preset='demo'"
     return (f"{run.method} on {run.labels} labels of {run.data}, mix {run.mix}, augmentation {'on' if run.augment else 'off'}: {run.epochs} epochs of {run.train_size:,} images "
-            f"on {where}, {'at most' if device.type == 'cuda' else 'about'} {duration(seconds)}{advice}")     # recorded steps and bfloat16 only make it less
+            f"on {where}, {'at most' if device.type == 'cuda' else 'about'} {duration(seconds)}{advice}")     # recorded steps only make it less

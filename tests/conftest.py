@@ -1,28 +1,136 @@
-"""Fixtures, and the closing line that counts what really ran."""
+"""What the tests share: fixtures, kernels that stop in mid-training, and the closing line that counts what really ran."""
 import os
+import signal
+import subprocess
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 1800     # seconds after which something hangs; on no machine does a result depend on it
 
 
 @pytest.fixture(scope="session")
 def real_data():
-    "The data root with real CIFAR-10H and SVHN; tests that need it are skipped, and counted as skipped, where it is absent."
+    "The data root with real CIFAR-10H and SVHN; where it is absent, tests that need it are skipped, and counted so."
     root = ROOT / os.environ.get("SOFT_CIFAR_DATA", "data")
     if not all((root / f"{name}.npz").is_file() for name in ("cifar10h", "svhn")):
         pytest.skip(f"needs cifar10h.npz and svhn.npz in {root}: soft-cifar data, or set $SOFT_CIFAR_DATA")
     return root
 
 
+def differences(one, two):
+    "How far the predictions in two run folders are apart, by name; empty where the files are the same byte for byte."
+    files = [folder / "predictions.npz" for folder in (one, two)]
+    if files[0].read_bytes() == files[1].read_bytes(): return {}
+    kept = [np.load(file) for file in files]
+    assert {*kept[0]} == {*kept[1]}, ({*kept[0]}, {*kept[1]})
+    apart = {name: float(np.abs(kept[0][name].astype(float) - kept[1][name]).max()) for name in kept[0]}
+    return {name: value for name, value in apart.items() if value} or "the same arrays in other bytes"
+
+
+@contextmanager
+def started(words, said, **environment):
+    "The process of the command `words`, which writes to the file `said`. What is left of it and its children is killed."
+    def listen():     # a job in the background of a script inherits a deaf ear for Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with open(said, "w") as file:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=listen)
+    try: yield process
+    finally:
+        kill(family(process))
+        process.wait()
+
+
+def family(process):
+    "`process` and all its children's children, as far as they live."
+    try:
+        head = psutil.Process(process.pid)
+        return [head, *head.children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
+def kill(members):
+    "SIGKILL for those of `members` that live."
+    for member in members:
+        with suppress(psutil.NoSuchProcess): member.kill()
+
+
+def wait_for(condition, process, said):
+    "What `condition()` returns once it is true. Raises `AssertionError` if `process` ends before, or patience does."
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        if found := condition(): return found
+        time.sleep(.02)
+    ended = "still running" if process.poll() is None else f"exit status {process.poll()}"
+    raise AssertionError(f"{ended}, and it never came: {said.read_text()[-3000:]}")
+
+
+def watched(words, said):
+    """(exit status, what it said, the most memory [bytes] that it and its children held together) of the command
+    `words`, which writes to the file `said`."""
+    peak = 0
+    with started(words, said) as process:
+        while process.poll() is None:
+            held = 0
+            for member in family(process):
+                with suppress(psutil.NoSuchProcess): held += member.memory_info().rss     # unless it has just ended
+            peak = max(peak, held)
+            time.sleep(.1)
+    return process.returncode, said.read_text(), peak
+
+
+# A kernel executes this before its notebook. It then keeps every epoch, and the first run of a seed that is to be
+# stopped waits after its second one, until somebody ends it.
+STOP = """
+import os, threading
+from functools import partial
+from pathlib import Path
+from soft_cifar import training
+
+def write_and_stop(path, state, write=training.write_checkpoint):
+    write(path, state)
+    place, seed = Path(get_ipython().ipython_dir), state["identity"]["seed"]
+    if len(state["history"]) != 2: return
+    try: (place / f"stop-{seed}").rename(place / f"stopped-{seed}-{os.getpid()}")
+    except FileNotFoundError: return
+    threading.Event().wait()
+
+training.write_checkpoint = write_and_stop
+training.fit = partial(training.fit, checkpoint_seconds=0)
+"""
+
+
+def stopping(place, *seeds):
+    """The environment of kernels of which, for each of `seeds`, one stops after two epochs; `place`, a new folder, is
+    IPython's own for them."""
+    startup = place / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "stop.py").write_text(STOP)
+    for seed in seeds: (place / f"stop-{seed}").touch()
+    return dict(IPYTHONDIR=str(place))
+
+
+def stopped(place, seed):
+    "The kernel that has stopped after two epochs of a run with `seed`; None before."
+    return next((psutil.Process(int(file.name.split("-")[2])) for file in place.glob(f"stopped-{seed}-*")), None)
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("slowest")
-    for report in sorted((r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", "") == "call"), key=lambda r: -r.duration)[:8]:
+    calls = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
+    for report in sorted(calls, key=lambda r: -r.duration)[:8]:
         terminalreporter.write_line(f"{report.duration:6.1f} s  {report.nodeid}")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
+    if hasattr(config, "workerinput"): return     # one of several processes; the one that started them counts
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     count = lambda *kinds: sum(len(reporter.stats.get(kind, [])) for kind in kinds)
     print(f"\n{count('passed')} passed, {count('failed', 'error')} failed, {count('skipped')} skipped")

@@ -22,14 +22,15 @@ def source(notebook, tag=None):
     return ["".join(c["source"]) for c in cells if tag is None or tag in c["metadata"].get("tags", [])]
 
 
-processes = multiprocessing.get_context("forkserver")     # its children start with the libraries imported, and share nothing else
+processes = multiprocessing.get_context("forkserver")     # its children start with the libraries imported, and share no more
 processes.set_forkserver_preload(["torch", "pandas", "seaborn", "scipy.stats", "nbdev.test"])
 
 
 def run_lesson(notebook, said):
-    "Execute `notebook` in this process, with what it prints going to the file `said`; the exit status says whether it went well."
+    "Execute `notebook` in this process; what it prints goes to the file `said`. The exit status is 0 if it went well."
     os.chdir(notebook.parent)
-    with open(said, "w") as file: os.dup2(file.fileno(), 1); os.dup2(file.fileno(), 2)
+    with open(said, "w") as file:
+        for stream in (1, 2): os.dup2(file.fileno(), stream)
     from nbdev.test import test_nb
     sys.exit(not test_nb(notebook)[0])
 
@@ -38,7 +39,8 @@ def run_lesson(notebook, said):
 def test_lesson(notebook, tmp_path):
     "What `nbdev_test` does for one notebook, in a process of its own so that no lesson sees another's state."
     process = processes.Process(target=run_lesson, args=(notebook, tmp_path / "said"))
-    process.start(); process.join()
+    process.start()
+    process.join()
     assert process.exitcode == 0, (tmp_path / "said").read_text()[-8000:]
 
 
@@ -46,7 +48,9 @@ def test_lesson(notebook, tmp_path):
 def copy(tmp_path_factory):
     "The tracked and new files of the project, copied, so that exporting and cleaning cannot touch the original."
     folder = tmp_path_factory.mktemp("copy")
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "settings.ini", "pyproject.toml", "nbs", "soft_cifar"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    wanted = "settings.ini", "pyproject.toml", "nbs", "soft_cifar"
+    words = ["git", "ls-files", "-co", "--exclude-standard", *wanted]
+    files = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes((ROOT / file).read_bytes())
@@ -62,7 +66,8 @@ def test_leaves_no_diff(copy, command):
 
 
 def test_parameters_cell_is_run():
-    "The parameters cell of train.ipynb is tagged (papermill would silently train the defaults) and names the fields of Run, with their defaults."
+    """The parameters cell of train.ipynb is tagged (papermill would silently train the defaults) and names the fields of
+    Run, with their defaults."""
     [cell] = source(ROOT / "nbs" / "train.ipynb", "parameters")
     named = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
     assert named == {field.name: field.default for field in fields(Run)}
@@ -73,20 +78,25 @@ def test_outputs_are_clean_and_nothing_is_skipped():
     "No error, no warning (it would name a file of one machine), no cell that is not run."
     for path in (ROOT / "nbs").glob("*.ipynb"):
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-        assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"], path
-        assert not [c for c in cells if "eval: false" in "".join(c["source"]).replace("eval:false", "eval: false")], path
+        outputs = [output for cell in cells for output in cell["outputs"]]
+        assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], path
+        assert not [cell for cell in cells if "eval:false" in "".join(cell["source"]).replace(" ", "")], path
 
 
 def test_imports_point_down():
-    "A module imports only from floors below its own; the floors are those of the table in index.ipynb, which names every lesson."
+    """A module imports only from floors below its own; the floors are those of the table in index.ipynb, which names
+    every lesson."""
     text = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text())["cells"])
-    floor_of = {name: int(row[1]) for row in re.finditer(r"^\| (\d) \| ([^|]*) \|", text, re.M) for name in re.findall(r"`(\d\d_\w+)`", row[2])}
-    assert set(floor_of) == {path.stem for path in LESSONS} - {"index"}, "the table in index.ipynb names other notebooks than there are"
+    rows = re.findall(r"^\| (\d) \| ([^|]*) \|", text, re.M)
+    floor_of = {name: int(number) for number, named in rows for name in re.findall(r"`(\d\d_\w+)`", named)}
+    assert set(floor_of) == {path.stem for path in LESSONS} - {"index"}, "the table names other notebooks than there are"
     exports = {path.stem: re.search(r"default_exp (\S+)", "\n".join(source(path))) for path in LESSONS}
     module_of = {stem: "soft_cifar." + found[1].removesuffix(".__init__") for stem, found in exports.items() if found}
     floor = {module: floor_of[stem] for stem, module in module_of.items()}
     for path in (path for path in LESSONS if path.stem in module_of):
         exported = ast.parse("\n".join(cell for cell in source(path) if "#| export" in cell))
-        for node in (n for n in ast.walk(exported) if isinstance(n, ast.ImportFrom) and n.module.split(".")[0] == "soft_cifar"):
-            for target in [node.module] if node.module in floor else [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]:
-                assert floor[target] < floor[module_of[path.stem]], f"{path.stem} imports {target} from its own floor or above"
+        imports = [node for node in ast.walk(exported) if isinstance(node, ast.ImportFrom)]
+        for node in (node for node in imports if node.module.split(".")[0] == "soft_cifar"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            for target in [node.module] if node.module in floor else names:
+                assert floor[target] < floor[module_of[path.stem]], f"{path.stem} imports {target}, which is not below it"

@@ -1,21 +1,18 @@
-"""train.ipynb as people run it: through papermill, on the embedded set and on real images, interrupted, and with bad input."""
+"""train.ipynb as people run it: with papermill, on the embedded set and on real images, interrupted, with bad input."""
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, differences, kill, started, stopped, stopping, wait_for, watched
 
 from soft_cifar import evaluation, runs
-from soft_cifar.runs import Run
 
-TINY = dict(preset="demo", depth=8, epochs=3, train_size=300, validation_size=100, test_size=200, ood_size=200)
+TINY = dict(preset="demo", depth=8, schedule="one_cycle", epochs=3, train_size=300, validation_size=100, test_size=200, ood_size=200)
 
 
 def command(out, **parameters):
@@ -29,11 +26,14 @@ def papermill(out, cwd=ROOT, **parameters):
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
 
 
-def side_by_side(place, wanted, env=None):
+def side_by_side(place, wanted, **environment):
     "Execute `wanted`, name to parameters, at the same time with a thread each; the folder of each."
-    processes = {name: subprocess.Popen(command(place / f"{name}.ipynb", output=place / name, **parameters), cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1") | (env or {}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name, parameters in wanted.items()}
-    said = {name: process.communicate()[1] for name, process in processes.items()}
-    for name, process in processes.items(): assert process.returncode == 0, said[name][-3000:]
+    def start(name, parameters):
+        words = command(place / f"{name}.ipynb", output=place / name, **parameters)
+        return stack.enter_context(started(words, place / f"{name}.txt", OMP_NUM_THREADS="1", **environment))
+    with ExitStack() as stack:
+        processes = {name: start(name, parameters) for name, parameters in wanted.items()}
+        for name, process in processes.items(): assert process.wait() == 0, (place / f"{name}.txt").read_text()[-3000:]
     return {name: only_run(place / name) for name in wanted}
 
 
@@ -53,12 +53,14 @@ def test_folder_is_complete(tiny):
     folder = only_run(tiny / "runs")
     assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "metrics.json", "predictions.npz", "train.ipynb"]
     assert [p.name for p in folder.parent.iterdir()] == ["seed-0"]
-    record, predictions, history = runs.load(folder)
-    assert record["parameters"]["epochs"] == 3 and record["parameters"]["method"] == "basic" and len(history) == 3
+    record, _, history = runs.load(folder)
+    assert (record["parameters"]["epochs"], record["parameters"]["method"], len(history)) == (3, "basic", 3)
     assert record["data"]["oracle"]["encoding"] == "generated" and len(record["data"]["oracle"]["fingerprint"]) == 64
-    assert set(record["seconds"]) == {"load", "fit", "evaluate"} and record["hardware"]["threads"] >= 1 and record["versions"]["torch"]
-    executed = json.loads((folder / "train.ipynb").read_text())
-    assert sum(any("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in executed["cells"]) == 7
+    assert set(record["seconds"]) == {"load", "fit", "evaluate"}
+    assert record["hardware"]["threads"] >= 1 and record["versions"]["torch"]
+    cells = json.loads((folder / "train.ipynb").read_text())["cells"]
+    figures = [cell for cell in cells if any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))]
+    assert len(figures) == 7
 
 
 def test_metrics_come_again_from_predictions(tiny):
@@ -66,52 +68,40 @@ def test_metrics_come_again_from_predictions(tiny):
     assert evaluation.measure(predictions) == {k: v for k, v in record["metrics"].items() if k != "kl_posterior"}
 
 
-@pytest.mark.parametrize("method, score", [("dropout", "mutual_information"), ("sngp", "gp_variance"), ("duq", "max_kernel")])
+OWN_SCORES = dict(dropout="mutual_information", sngp="gp_variance", duq="max_kernel")
+
+
+@pytest.mark.parametrize("method, score", OWN_SCORES.items(), ids=OWN_SCORES)
 def test_methods(tmp_path, method, score):
     "Every method trains and is measured with its own score; the one that draws at random predicts the same twice."
-    folders = list(side_by_side(tmp_path, {name: TINY | dict(method=method, epochs=2) for name in ("one", "two")[:1 + (method == "dropout")]}).values())
+    names = ("one", "two") if method == "dropout" else ("one",)
+    folders = [*side_by_side(tmp_path, {name: TINY | dict(method=method, epochs=2) for name in names}).values()]
     metrics = runs.load(folders[0])[0]["metrics"]
     assert 0 <= metrics[f"auroc_{score}"] <= 1 and (metrics["resampling_flips"] > 0) == (method == "dropout")
-    assert (folders[0] / "predictions.npz").read_bytes() == (folders[-1] / "predictions.npz").read_bytes()
+    assert differences(folders[0], folders[-1]) == {}
 
 
 def test_same_run_same_bytes_from_another_folder(tiny, tmp_path):
     done = papermill(tmp_path / "out.ipynb", cwd=tmp_path, output=tmp_path / "runs", **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ((only_run(place / "runs") / "predictions.npz").read_bytes() for place in (tiny, tmp_path))
-    assert one == two
+    assert differences(only_run(tmp_path / "runs"), only_run(tiny / "runs")) == {}
 
 
-LONGER = TINY | dict(epochs=30)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    "A run long enough to be killed, that nobody kills."
-    place = tmp_path_factory.mktemp("undisturbed")
-    done = papermill(place / "out.ipynb", output=place / "runs", **LONGER)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return only_run(place / "runs") / "predictions.npz"
-
-
-def test_interrupted_run_resumes_to_the_same_numbers(undisturbed, tmp_path):
+def test_interrupted_run_resumes_to_the_same_numbers(tiny, tmp_path):
     "Ctrl-C in the middle of training. (The tests of a study kill kernels the hard way.)"
-    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", **LONGER)
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a job in the background of a script inherits a deaf ear for Ctrl-C
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
-    checkpoint, deadline = lambda: [*tmp_path.glob("runs/*/*/seed-0.partial/checkpoint.pt")], time.time() + 300
-    while not checkpoint() and process.poll() is None and time.time() < deadline: time.sleep(.05)
-    assert checkpoint(), "no checkpoint before the run ended"
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-    psutil.wait_procs(family, timeout=60)
-    assert not [*tmp_path.glob("runs/*/*/seed-0")], "a folder that is not complete"
-    done = papermill(tmp_path / "again.ipynb", output=tmp_path / "runs", **LONGER)
+    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", **TINY)
+    said, place = tmp_path / "said", tmp_path / "ipython"
+    with started(words, said, **stopping(place, 0)) as process:
+        kernel = wait_for(lambda: stopped(place, 0), process, said)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) != 0, said.read_text()
+        kill([kernel])     # it ends by itself, sooner or later
+    assert [p.name for p in tmp_path.glob("runs/*/*/*")] == ["seed-0.partial"], "a folder that is not complete"
+    done = papermill(tmp_path / "again.ipynb", output=tmp_path / "runs", **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed after epoch" in (tmp_path / "again.ipynb").read_text()
-    assert (only_run(tmp_path / "runs") / "predictions.npz").read_bytes() == undisturbed.read_bytes()
-    assert not [*tmp_path.glob("runs/*/*/*.partial")]
+    assert "resumed after epoch 2 of 3" in (tmp_path / "again.ipynb").read_text()
+    assert differences(only_run(tmp_path / "runs"), only_run(tiny / "runs")) == {}
+    assert [p.name for p in tmp_path.glob("runs/*/*/*")] == ["seed-0"]
 
 
 BAD = {
@@ -138,26 +128,27 @@ def test_bad_input(tiny, tmp_path, parameters, message):
 
 @pytest.mark.parametrize("method", ["basic", "dropout"])
 def test_memory_stays_under_two_gigabytes(tmp_path, method):
-    "ResNet-20 at the published batch size; `basic` with all 8,000 training images, `dropout` with the ten samples that an attack differentiates."
-    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", epochs=1, method=method, test_size=100, ood_size=100, **(dict(train_size=500) if method == "dropout" else {}))
-    process, peak = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
-    while process.poll() is None:
-        try: peak = max([peak, *(child.memory_info().rss for child in psutil.Process(process.pid).children(recursive=True))])
-        except psutil.NoSuchProcess: pass
-        time.sleep(.1)
-    assert process.returncode == 0 and 2e8 < peak < 2e9, f"{peak/1e9:.2f} GB"
-    print(f"peak {peak/1e9:.2f} GB")
+    """ResNet-20 at the published batch size; `basic` with all 8,000 training images, `dropout` with the ten samples that
+    an attack differentiates."""
+    size = dict(basic=8000, dropout=500)[method]
+    sizes = dict(train_size=size, test_size=100, ood_size=100)
+    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", schedule="one_cycle", epochs=1, method=method, **sizes)
+    status, said, peak = watched(words, tmp_path / "said")
+    assert status == 0, said[-3000:]
+    assert 2e8 < peak < 2e9, f"{peak / 1e9:.2f} GB"
 
 
 def test_real_images(real_data, tmp_path):
     "CIFAR-10H, hard and soft: same split, same initial weights, the same bytes twice, and the figures of the data set."
-    few = dict(method="basic", epochs=2, train_size=1000, depth=8)
-    folders = side_by_side(tmp_path, {name: few | dict(labels=labels) for name, labels in (("soft", "soft"), ("again", "soft"), ("hard", "hard"))}, dict(SOFT_CIFAR_DATA=str(real_data)))
-    files = {name: (folder / "predictions.npz").read_bytes() for name, folder in folders.items()}
-    assert files["soft"] == files["again"] != files["hard"]
+    few = dict(method="basic", schedule="one_cycle", epochs=2, train_size=1000, depth=8)
+    wanted = {name: few | dict(labels=labels) for name, labels in dict(soft="soft", again="soft", hard="hard").items()}
+    folders = side_by_side(tmp_path, wanted, SOFT_CIFAR_DATA=str(real_data))
+    assert differences(folders["soft"], folders["again"]) == {}
+    assert "log_probs" in differences(folders["soft"], folders["hard"])
     soft, hard = (np.load(folders[name] / "predictions.npz") for name in ("soft", "hard"))
-    assert all(np.array_equal(soft[key], hard[key]) for key in ("index", "labels", "gold", "counts", "ood_index"))
-    assert len(soft["index"]) == len(soft["ood_index"]) == 1500 and (soft["labels"] == soft["gold"]).mean() > .98
+    for key in ("index", "labels", "gold", "counts", "ood_index"): np.testing.assert_array_equal(soft[key], hard[key], key)
+    assert len(soft["index"]) == len(soft["ood_index"]) == 1500
+    assert (soft["labels"] == soft["gold"]).mean() > .98
 
 
 def test_cifar10h_is_what_the_paper_describes(real_data):
@@ -165,14 +156,17 @@ def test_cifar10h_is_what_the_paper_describes(real_data):
     images = data.load("cifar10h", real_data)
     votes, probs = images.counts.sum(1), images.probs
     assert (len(images), int(votes.sum()), int(votes.min()), int(votes.max())) == (10_000, 511_000, 47, 63)
-    assert round(metrics.entropy(probs).mean().item(), 4) == .1545 and int((probs.amax(1) == 1).sum()) == 4393
+    assert round(metrics.entropy(probs).mean().item(), 4) == .1545
+    assert int((probs.amax(1) == 1).sum()) == 4393 and int((probs.amax(1) <= .5).sum()) == 74
     first, second = images.counts.topk(2, 1).values.unbind(1)
     assert (first == second).nonzero()[:, 0].tolist() == [7493, 9246, 9386]
-    assert int(metrics.definite_second(images.counts).sum()) == 4730 and int(metrics.definite_second(images.counts, 2).sum()) == 2374
-    assert int((probs.amax(1) <= .5).sum()) == 74 and round((images.majority == images.labels).double().mean().item(), 4) == .9921
+    assert int(metrics.definite_second(images.counts).sum()) == 4730
+    assert int(metrics.definite_second(images.counts, 2).sum()) == 2374
+    assert round((images.majority == images.labels).double().mean().item(), 4) == .9921
 
 
 def test_explore(tmp_path):
     "The notebook to look around in, on the embedded set."
-    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/explore.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "name", "oracle"], cwd=ROOT, capture_output=True, text=True)
+    words = ["nbs/explore.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "name", "oracle"]
+    done = subprocess.run([sys.executable, "-m", "papermill", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ __all__ = ['softmax_scores', 'Classifier', 'methods', 'parameters_of', 'create']
 import functools, importlib, inspect, pkgutil
 import torch
 from torch import Tensor, nn
-from ..checks import one_of
+from ..checks import one_of, shapes
 from ..losses import soft_cross_entropy
 from .resnet import ResNet
 
@@ -23,6 +23,7 @@ def softmax_scores(logits:Tensor) -> dict[str, Tensor]:
 class Classifier(nn.Module):
     "Method `basic`, and the base of the others: pixels `x` float32 [B,3,32,32] in [0,1] in, answers out."
     memory_format = torch.channels_last     # in which it trains fastest
+    period, turn = 1, 0     # steps after which its kinds of step come again; which kind the next one is: whoever trains counts
     def __init__(self,
         depth:int=20,              # layers of the ResNet, 6n + 2
         classes:int=10,
@@ -35,7 +36,8 @@ class Classifier(nn.Module):
         self.network = ResNet(depth, classes)
 
     def features(self, x:Tensor) -> Tensor:
-        "The network's pooled features [B,64]."
+        "The network's pooled features [B,64]. Raises `InputError` for images of another shape: grey ones would be normalised into three channels."
+        shapes(x=(x, "B3HW", "floating"))
         return self.network.features((x - self.mean) / self.std)
 
     def forward(self, x:Tensor) -> Tensor:

@@ -72,23 +72,26 @@ class DUQ(Classifier):
         gamma:float=.999,        # weight of the past in the centroids
         penalty:float=.1,        # weight of the gradient penalty: .1 in the published study; the authors' .5 to .75 stand beside a mean over classes, 5 to 7.5 here; 0: none
         two_sided:bool=True,     # whether a gradient below 1 is penalised as well
+        penalty_every:int=1,     # steps from one that pays the penalty, so many times as large, to the next
     ):
         super().__init__(depth, classes, mean, std)
         self.network.head = Centroids(self.network.head.in_features, classes, centroid_size, length_scale, gamma)
         self.penalty, self.two_sided = number("penalty", penalty, low=0), boolean("two_sided", two_sided)
+        self.period = number("penalty_every", penalty_every, int, low=1) if self.penalty else 1
         self.seen = None         # features of the last training batch, for `after_step`
 
     def criterion(self, outputs:Tensor, y:Tensor) -> Tensor: return kernel_loss(outputs, y)
 
     @torch.enable_grad()
     def loss(self, x:Tensor, y:Tensor, objective=None) -> Tensor:
-        "Binary cross-entropy of the kernels, or what `objective` makes of it, plus `penalty` times the gradient penalty: a scalar."
-        x = (x - self.mean) / self.std
-        if self.penalty: x.requires_grad_()
+        "Binary cross-entropy of the kernels, or what `objective` makes of it, plus, when it is its turn, `penalty` times `penalty_every` times the gradient penalty: a scalar."
+        x, pays = (x - self.mean) / self.std, self.penalty > 0 and self.turn == 0
+        if pays: x.requires_grad_()
         features = self.network.features(x)
         log_k, self.seen = self.network.head(features), features.detach()
         loss = objective(self.criterion, log_k, y) if objective else self.criterion(log_k, y)
-        return loss + self.penalty * gradient_penalty(gradient_norm(log_k, x), self.two_sided) if self.penalty else loss
+        if not pays: return loss
+        return loss + self.penalty * self.period * gradient_penalty(gradient_norm(log_k, x), self.two_sided)
 
     def after_step(self, x:Tensor, y:Tensor) -> None:
         "Move the centroids, by the features that `loss` saw of this batch."

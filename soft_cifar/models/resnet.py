@@ -19,8 +19,8 @@ class Block(nn.Module):
     "The basic residual block with projection shortcut (He et al. 2016, option B)."
     def __init__(self, inputs:int, outputs:int, stride:int):
         super().__init__()
-        self.first, self.middle = conv_bn(inputs, outputs, 3, stride), nn.ReLU()
-        self.second, self.last = conv_bn(outputs, outputs, 3), nn.ReLU()
+        self.first, self.middle = conv_bn(inputs, outputs, 3, stride), nn.ReLU(inplace=True)
+        self.second, self.last = conv_bn(outputs, outputs, 3), nn.ReLU(inplace=True)
         self.shortcut = nn.Identity() if inputs == outputs and stride == 1 else conv_bn(inputs, outputs, 1, stride)
 
     def forward(self, x): return self.last(self.second(self.middle(self.first(x))) + self.shortcut(x))
@@ -28,7 +28,7 @@ class Block(nn.Module):
 # %% ../../nbs/20_resnet.ipynb #f3687a30
 class ResNet(nn.Module):
     """ResNet for 32x32 images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless depth = 6n + 2.
-    With the attribute `bfloat16` set, the feature maps are in bfloat16 during training; weights, statistics of the normalisation and everything after the last map stay in float32."""
+    While the attribute `bfloat16` is set, the feature maps are in bfloat16; weights, statistics of the normalisation and everything after the last map stay in float32."""
     def __init__(self,
         depth:int=20,    # 8, 14, 20, 32, 44, 56, 98, 110, ...
         classes:int=10,
@@ -37,7 +37,7 @@ class ResNet(nn.Module):
         self.bfloat16 = False
         if depth < 8 or (depth - 2) % 6: raise InputError(f"depth={depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, 32, 44, 56, 98 or 110, say")
         n, width = (depth - 2) // 6, 16
-        layers = [conv_bn(3, width, 3), nn.ReLU()]
+        layers = [conv_bn(3, width, 3), nn.ReLU(inplace=True)]
         for stage in range(3):
             for block in range(n):
                 outputs, stride = 16 * 2**stage, 2 if stage and not block else 1
@@ -48,7 +48,7 @@ class ResNet(nn.Module):
 
     def features(self, x:Tensor) -> Tensor:
         "The average of the last feature map, [B,64], for normalised images [B,3,H,W]."
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and self.training): maps = self.body(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16): maps = self.body(x)
         return maps.float().mean((2, 3))
 
     def forward(self, x:Tensor) -> Tensor: return self.head(self.features(x))
