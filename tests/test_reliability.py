@@ -21,7 +21,7 @@ from soft_cifar.checks import StudyError, error_of
 from soft_cifar.runs import Run
 
 STUDY = """
-shared: {preset: demo, depth: 8, epochs: 1, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
+shared: {preset: demo, depth: 8, epochs: 1, schedule: one_cycle, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
 models:
   basic: {method: basic}
 labels: [soft]
@@ -69,6 +69,8 @@ WRONG_FILES = {
     "no mapping": (STUDY.replace("{method: basic}", "!!map x"), "expected a mapping"),
     "a seed of its own": (STUDY.replace("method: basic", "seed: 3"), "no effect"),
     "an output of its own": (STUDY.replace("depth: 8", "output: elsewhere"), "no effect"),
+    "reuse of a path": (STUDY + 'reuse: ["../other"]\n', "expected the name of a study"),
+    "reuse of nothing": (STUDY + 'reuse: [""]\n', "expected the name of a study"),
     "a long name": (STUDY.replace("method: basic", f"data: {'long' * 80}"), "bytes"),
     "a list of no labels": (STUDY.replace("[soft]", "[[soft]]"), "labels=['soft']"),
 }
@@ -82,9 +84,9 @@ def test_a_wrong_study_file_gets_a_sentence(tmp_path, text, said):
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path):
     "A leading zero means nothing, and an exponent needs no point."
-    found = study.load(study_in(tmp_path, STUDY.replace("[0, 1]", "[010, 0o10, 0x1F]").replace("method: basic", "lr: 5e-2, weight_decay: .5, decay: 1.")))
+    found = study.load(study_in(tmp_path, STUDY.replace("[0, 1]", "[010, 0o10, 0x1F]").replace("method: basic", "lr: 5e-2, weight_decay: .5, fgsm_eps: 1.")))
     assert [run.seed for run in found.runs] == [10, 8, 31]
-    assert {(run.lr, run.weight_decay, run.decay) for run in found.runs} == {(.05, .5, 1.)}
+    assert {(run.lr, run.weight_decay, run.fgsm_eps) for run in found.runs} == {(.05, .5, 1.)}
 
 
 ODD_NOTEBOOKS = [b"", b"{", b"\xff", b"[]", b"7", b"null", b"{}", *(json.dumps(dict(cells=cells)).encode() for cells in (
