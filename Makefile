@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab notebooks benchmark wheelhouse clean
+.PHONY: demo test soak lab notebooks benchmark wheelhouse clean
 
 demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
@@ -14,6 +14,10 @@ demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on
 
 test: $(READY)            ## everything CI runs, two tests at a time with a thread each; ends with "N passed, M failed, K skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
+
+MINUTES ?= 10
+soak: $(READY)            ## kill studies and damage files for $MINUTES minutes; fails at the first number that changes in silence
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 lab: $(READY)             ## JupyterLab, with nbs/explore.ipynb open
 	$(BIN)/jupyter lab nbs/explore.ipynb

@@ -126,7 +126,7 @@ def floors(method:str="basic", batch_size:int=128) -> dict:
 # %% ../nbs/benchmark.ipynb #1b1da4c6
 def replay_difference(method:str, mix:str) -> dict:
     "The largest relative difference between the losses of four epochs of five steps, replayed and taken one by one, with deterministic algorithms. Needs a GPU."
-    run = Run(preset="demo", method=method, mix=mix, mix_probability=.5, labels="ols", train_size=300, depth=8, batch_size=64)
+    run = Run(preset="demo", method=method, mix=mix, **({} if mix == "none" else dict(mix_probability=.5)), labels="ols", train_size=300, depth=8, batch_size=64)
     train, *_ = data.split(data.load("oracle"), (300, 1, 1), 0)
     def losses(recorded):
         trainer = trainer_of(replace(run, recorded=recorded), train, models.create(method, 0, **run.model), "ols")

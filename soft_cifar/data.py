@@ -62,6 +62,11 @@ class ImageSet:
         rows = {f: getattr(self, f)[which] for f in ("images", "labels", "counts", "posterior", "index") if getattr(self, f) is not None}
         return replace(self, **rows)
 
+    def first(self, n:int) -> "ImageSet":
+        "The first `n` images. Raises `InputError` if there are fewer."
+        if n > len(self): raise InputError(f"{n} images of {self.name} are asked for (ood_size), and there are {len(self)}: expected at most that many")
+        return self.subset(torch.arange(n))
+
     @cached_property
     def fingerprint(self) -> str:
         "sha256 of shapes and contents of images, labels and counts, in hexadecimal."

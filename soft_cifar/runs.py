@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'SPLIT', 'among', 'whole', 'real', 'as_is', 'text', 'label', 'unless_none',
            'folders', 'epochs_list', 'companions', 'parameter', 'computes_bfloat16', 'buildable', 'Run', 'provenance',
-           'partial_folder', 'begin', 'executed_notebook', 'half', 'rounded', 'digest', 'checksum', 'save', 'record',
-           'weights', 'classifier', 'teachers', 'load']
+           'partial_folder', 'begin', 'executed_notebook', 'half', 'rounded', 'as_bytes', 'digest', 'checksum', 'save',
+           'record', 'weights', 'classifier', 'teachers', 'load']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
 import csv, functools, hashlib, io, json, math, os, platform, shutil, subprocess
@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 import numpy as np, psutil, torch
 from . import labels as label_sources, losses, models
-from .checks import DataError, InputError, boolean, number, one_of, project_path, shown
+from .checks import DataError, InputError, boolean, brief, number, one_of, project_path, shown
 
 # %% ../nbs/40_runs.ipynb #46e9138a
 def among(valid): return lambda name, value: one_of(name, value, valid() if callable(valid) else valid)
-def whole(low): return partial(number, kind=int, low=low)
+def whole(low, **limits): return partial(number, kind=int, low=low, **limits)
 def real(**limits): return partial(number, kind=float, **limits)
 
 def as_is(name, value): return value   # a method's own parameter: its classifier checks it
@@ -27,24 +27,24 @@ def as_is(name, value): return value   # a method's own parameter: its classifie
 def text(name, value):
     "`value` if it is a string."
     if isinstance(value, str): return value
-    raise InputError(f"{name}={value!r} is a {type(value).__name__}, expected text")
+    raise InputError(f"{name}={brief(value)} is a {type(value).__name__}, expected text")
 
 def label(name, value):
     "`value` if it can name a folder: letters, digits and . _ - without a leading dot."
     if isinstance(value, str) and value and value[0] != "." and all(c.isalnum() or c in "._-" for c in value): return value
-    raise InputError(f"{name}={value!r} cannot name a folder, expected letters, digits and . _ - only")
+    raise InputError(f"{name}={brief(value)} cannot name a folder, expected letters, digits and . _ - only")
 
 def unless_none(check): return lambda name, value: None if value is None else check(name, value)
 
 def folders(name, value):
     "A list of folders, as texts, as a tuple."
     if isinstance(value, (list, tuple)): return tuple(text(f"{name}[{i}]", v) for i, v in enumerate(value))
-    raise InputError(f"{name}={value!r} is a {type(value).__name__}, expected a list of run folders; from a shell: -y '{name}: [runs/<study>/<cell>/seed-0]'")
+    raise InputError(f"{name}={brief(value)} is a {type(value).__name__}, expected a list of run folders; from a shell: -y '{name}: [runs/<study>/<cell>/seed-0]'")
 
 def epochs_list(name, value):
     "A list of whole numbers as a tuple."
     if isinstance(value, (list, tuple)): return tuple(number(f"{name}[{i}]", v, int, low=1) for i, v in enumerate(value))
-    raise InputError(f"{name}={value!r} is a {type(value).__name__}, expected a list of epochs such as [50, 100]; from a shell: -y '{name}: [50, 100]'")
+    raise InputError(f"{name}={brief(value)} is a {type(value).__name__}, expected a list of epochs such as [50, 100]; from a shell: -y '{name}: [50, 100]'")
 
 # %% ../nbs/40_runs.ipynb #261d8d1c
 PRESETS = dict(
@@ -61,13 +61,14 @@ def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
     return dict(ood="oracle_ood", test_labels="gold") if data == "oracle" else dict(ood="svhn", test_labels="majority")
 
-MIXES = ("none", "mixup", "cutmix", "ricap")
+MIXES = dict(none=()) | dict.fromkeys(("mixup", "cutmix", "ricap"), ("mix_alpha", "mix_probability"))     # with the parameters that each takes
 SCHEDULES = dict(step=("warmup", "milestones", "decay"), one_cycle=())     # of the learning rate, with the parameters that each takes
 
 # %% ../nbs/40_runs.ipynb #b7c1d60b
 CHOICES = dict(
     method=(models.methods, models.parameters_of), labels=(label_sources.sources, label_sources.parameters_of),
-    loss=(lambda: losses.OBJECTIVES, losses.parameters_of), schedule=(lambda: SCHEDULES, SCHEDULES.get))
+    loss=(lambda: losses.OBJECTIVES, losses.parameters_of), schedule=(lambda: SCHEDULES, SCHEDULES.get),
+    mix=(lambda: MIXES, MIXES.get))
 
 def parameter(default, check, **metadata):
     "A field with its `check`. `of` names the choice it belongs to, one of `CHOICES`; `place` marks what changes no number."
@@ -88,7 +89,7 @@ class Run:
     "Every parameter of one experiment, checked on construction. Raises `InputError`."
     study: str = parameter("single", label, place=True)
     preset: str = parameter("paper", among(PRESETS))
-    seed: int = parameter(0, whole(0), place=True)
+    seed: int = parameter(0, whole(0, high=10**12), place=True)     # times a million it is still a seed
     # what it learns from
     data: str|None = parameter(None, label)
     ood: str|None = parameter(None, label)
@@ -111,12 +112,12 @@ class Run:
     test_labels: str|None = parameter(None, among(("majority", "gold")))
     train_size: int|None = parameter(None, whole(1))
     validation_size: int|None = parameter(None, whole(1))
-    test_size: int|None = parameter(None, whole(1))
+    test_size: int|None = parameter(None, whole(3))     # a picture of their features has two directions
     ood_size: int|None = parameter(None, whole(1))
     augment: bool = parameter(True, boolean)
     mix: str = parameter("none", among(MIXES))
-    mix_alpha: float = parameter(.2, real(low=0, open_low=True))
-    mix_probability: float = parameter(.15, real(low=0, high=1))
+    mix_alpha: float = parameter(.2, real(low=0, open_low=True), of="mix")
+    mix_probability: float = parameter(.15, real(low=0, high=1), of="mix")
     # what learns
     method: str = parameter("basic", among(models.methods))
     depth: int = parameter(20, whole(8))
@@ -169,12 +170,17 @@ class Run:
             if not kind or value == usual[f.name]: continue
             (known, takes), chosen = CHOICES[kind], getattr(self, kind)
             if f.name not in takes(chosen): raise InputError(
-                f"{f.name}={value!r} has no effect on {kind} {chosen!r}: leave it out, or choose one that takes it ({', '.join(x for x in known() if f.name in takes(x))})")
+                f"{f.name}={brief(value)} has no effect on {kind} {chosen!r}: leave it out, or choose one that takes it ({', '.join(x for x in known() if f.name in takes(x))})")
         if "teachers" in label_sources.parameters_of(self.labels) and not self.teachers: raise InputError(
             f"labels={self.labels!r} without teachers, expected a list of finished runs: from a shell -y 'teachers: [runs/<study>/<cell>/seed-{self.seed}]', in a study file the names of models above")
         if "_mt_" in self.labels and self.loss != "cross_entropy": raise InputError(
             f"labels={self.labels!r} with loss={self.loss!r}: the sum of the losses to each teacher is taken as a multiple of the loss to their mean, which holds for cross_entropy only; use it, or labels={self.labels.replace('_mt_', '_en_')!r}")
         self.check_schedule(given)
+        if self.ood == self.data: raise InputError(f"ood={self.ood!r} is the set that is trained and tested on, expected another: its images are to be told from these")
+        if self.loss == "symmetric_ce" and not self.sce_alpha + self.sce_beta: raise InputError("sce_alpha=0 and sce_beta=0 leave no loss to minimise: let one of them be above 0")
+        if self.pgd_eps != usual["pgd_eps"] and not self.pgd_steps: raise InputError(f"pgd_eps={self.pgd_eps} has no effect without PGD: leave it out, or say pgd_steps")
+        if self.attack_samples > 1 and "samples" not in models.parameters_of(self.method): raise InputError(
+            f"attack_samples={self.attack_samples} has no effect on method {self.method!r}, whose gradients are all the same: leave it out")
         buildable(self.method, **self.model)
 
     def usual(self) -> dict:
@@ -282,7 +288,7 @@ def begin(run:Run) -> Path:
 def executed_notebook() -> Path|None:
     """The file that papermill is writing for the notebook this kernel runs; None when nobody is. A study says it in $SOFT_CIFAR_NOTEBOOK; from a shell,
     the command line of the kernel's parent process does: papermill INPUT OUTPUT ..."""
-    if os.environ.get("SOFT_CIFAR_NOTEBOOK"): return Path(os.environ["SOFT_CIFAR_NOTEBOOK"])
+    if os.path.isfile(said := os.environ.get("SOFT_CIFAR_NOTEBOOK", "")): return Path(said)
     try:
         parent = psutil.Process(os.getppid())
         command = parent.cmdline()
@@ -298,6 +304,12 @@ def half(x:torch.Tensor) -> torch.Tensor:
 def rounded(x:torch.Tensor) -> torch.Tensor:
     "`x` as it comes back from `save` and `load`: half precision again as float32."
     return half(x).float() if half(x).dtype == torch.float16 else x
+
+def as_bytes(state) -> bytes:
+    "What `torch.save` writes of `state`. Into a full file system it raises a `RuntimeError` that names neither file nor reason."
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
 
 def digest(content:bytes) -> str: return hashlib.sha256(content).hexdigest()
 
@@ -317,7 +329,9 @@ def save(run:Run, record:dict, predictions:dict, history:list[dict], weights:dic
         with open(temporary / "history.csv", "w", newline="") as file:
             table = csv.DictWriter(file, list(history[0])); table.writeheader(); table.writerows({k: f"{v:.7g}" for k, v in row.items()} for row in history)
         files = {name: digest((temporary / name).read_bytes()) for name in ("predictions.npz", "history.csv")}
-        if weights is not None: torch.save(weights, temporary / "weights.pt"); record = record | dict(weights=digest((temporary / "weights.pt").read_bytes()))
+        if weights is not None:
+            (temporary / "weights.pt").write_bytes(content := as_bytes(weights))
+            record = record | dict(weights=digest(content))
         made = provenance()
         made["hardware"] |= dict(number_format=run.computes_in)
         whole = json.loads(json.dumps(finite(dict(parameters=asdict(run), **made, **record, files=files))))
@@ -327,7 +341,8 @@ def save(run:Run, record:dict, predictions:dict, history:list[dict], weights:dic
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if run.folder.exists(): raise DataError(f"{shown(run.folder)} was completed by another process meanwhile and is kept") from None
-        raise DataError(f"cannot write {shown(run.folder)} ({error.strerror}): nothing is lost, the checkpoint stays in {shown(partial_folder(run))}; make room and run again") from None
+        kept = f"the checkpoint stays in {shown(partial_folder(run))}" if (partial_folder(run) / "checkpoint.pt").exists() else "the run starts over"
+        raise DataError(f"cannot write {shown(run.folder)} ({error.strerror}): make room, or see that the folder above it is there, and run again; {kept}") from None
     shutil.rmtree(partial_folder(run), ignore_errors=True)
     return run.folder
 
@@ -337,6 +352,7 @@ def record(folder) -> dict:
     try:
         found = json.loads((folder / "metrics.json").read_text())
         if found["checksum"] != checksum(found): raise ValueError("metrics.json is not as it was written")
+        if not isinstance(found["parameters"], dict): raise ValueError("metrics.json holds no parameters")
         for name, wanted in found["files"].items():
             if digest((folder / name).read_bytes()) != wanted: raise ValueError(f"{name} is not as it was written")
     except OSError as error: raise DataError(f"{shown(folder)} is no complete run ({error.strerror}): make it, or name another") from None

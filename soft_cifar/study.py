@@ -84,7 +84,7 @@ class Study:
 def reused(path:Path, names:list, within:tuple) -> dict[tuple[str, int], Run]:
     "By cell and seed, the runs of the studies `names` beside the study file `path`, which is loaded for those `within`. Raises `InputError`."
     for name in names:
-        if not isinstance(name, str): raise InputError(f"reuse: {brief(name)}, expected the name of a study beside this one, such as primary")
+        if not isinstance(name, str) or not name or Path(name).name != name: raise InputError(f"reuse: {brief(name)}, expected the name of a study beside this one, such as primary")
         if path.with_name(f"{name}.yaml") in (*within, path): raise InputError(f"reuse: {name!r} would reuse itself")
     others = [load(path.with_name(f"{name}.yaml"), within=(*within, path)) for name in names]
     return {(run.cell, run.seed): run for other in others for run in other.runs}

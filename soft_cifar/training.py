@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'epoch_seed', 'shuffled', 'batch', 'Progress', 'duration', 'Trainer', 'validate', 'sgd', 'identity',
-           'write_checkpoint', 'read_checkpoint', 'keep_freed_memory', 'Diverged', 'fit', 'plan']
+           'code', 'write_checkpoint', 'read_checkpoint', 'fits', 'keep_freed_memory', 'Diverged', 'fit', 'plan']
 
 # %% ../nbs/31_training.ipynb #f2f5bbb8
-import ctypes, math, os, platform, time
+import contextlib, ctypes, functools, io, math, os, platform, time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
 from . import augment, labels as label_sources, losses, models, runs
-from .checks import StudyError
+from .checks import DataError, StudyError, shown
 from .data import ImageSet
 from .runs import Run
 
@@ -151,22 +151,46 @@ def sgd(classifier, run:Run) -> torch.optim.SGD:
 
 # %% ../nbs/31_training.ipynb #4372ee79
 def identity(run:Run, train:ImageSet) -> dict:
-    "What a checkpoint must share with a run to continue it: all parameters, the very images and votes, and PyTorch's version."
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run).items()} | dict(fingerprint=train.fingerprint, torch=str(torch.__version__))
+    "What a checkpoint must share with a run to continue it: all parameters, the very images and votes, the code that trains, and PyTorch's version."
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run).items()} | dict(fingerprint=train.fingerprint, torch=str(torch.__version__), code=code())
+
+@functools.cache
+def code() -> str:
+    "sha256 of the modules that have a part in the numbers of a training run."
+    package = Path(runs.__file__).parent
+    files = [*(package / f"{name}.py" for name in ("augment", "data", "losses", "oracle", "training")), *package.glob("labels/*.py"), *package.glob("models/*.py")]
+    return runs.digest(b"".join(file.read_bytes() for file in sorted(files)))
 
 def write_checkpoint(path:Path, state:dict) -> None:
-    "Write `state` to `path`, atomically."
+    "Write `state` to `path`, atomically, after its sha256. Raises `DataError` where it cannot be written; what was there before stays, and nothing else."
+    content = runs.as_bytes(state)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(runs.digest(content).encode() + content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
+        gone = "the folder was removed" if not path.parent.is_dir() else error.strerror
+        raise DataError(f"cannot write the checkpoint {shown(path)} ({gone}): make room, or see that the folder is left alone, and run again; the run continues from its last checkpoint, if there is one") from None
 
 def read_checkpoint(path:Path, wanted:dict, device) -> dict|None:
     "The state saved at `path` if it is whole and its identity is `wanted`, else None."
-    try: state = torch.load(path, map_location=device, weights_only=True)
+    try: content = path.read_bytes()
     except FileNotFoundError: return None
-    except Exception as error: print(f"the checkpoint is damaged ({type(error).__name__}): starting over"); return None
-    if state["identity"] == wanted: return state
-    print("the checkpoint belongs to other parameters or data: starting over"); return None
+    if content[:64] != runs.digest(content[64:]).encode(): print("the checkpoint is damaged: starting over"); return None
+    state = torch.load(io.BytesIO(content[64:]), map_location=device, weights_only=True)
+    if state.get("identity") == wanted: return state
+    print("the checkpoint belongs to other parameters, data or code: starting over"); return None
+
+def fits(state:dict, classifier, source, run:Run) -> bool:
+    "Whether all that a checkpoint's `state` has to hold is there, in the shapes of `classifier` and `source`."
+    def sizes(tensors): return {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        averages = [average["momentum_buffer"].shape for average in state["optimiser"]["state"].values()]
+        return (sizes(state["classifier"]) == sizes(state["best"]) == sizes(classifier.state_dict()) and sizes(state["source"]) == sizes(source.state_dict())
+                and averages == [p.shape for p in classifier.parameters() if p.requires_grad] and [row["epoch"] for row in state["history"]] == [*range(1, len(state["history"]) + 1)]
+                and 0 < len(state["history"]) <= run.epochs)
+    except (LookupError, TypeError, AttributeError): return False
 
 # %% ../nbs/31_training.ipynb #15babb05
 def keep_freed_memory() -> None:
@@ -189,7 +213,7 @@ def fit(
     progress=None,                # called with the history after each epoch; None: `Progress`
     checkpoint_seconds:float=5.,  # at most one checkpoint in this time
 ) -> list[dict]:                  # a row per epoch: epoch, lr, train_loss, validation_loss, validation_accuracy, seconds
-    "Train as `run` says and keep the weights of the lowest validation loss. Raises `Diverged` when the loss is NaN or infinite."
+    "Train as `run` says and keep the weights of the lowest validation loss. Raises `Diverged` when the loss is NaN or infinite, `DataError` where a checkpoint cannot be written."
     keep_freed_memory()
     device, progress = run.on, progress or Progress(run.epochs)
     classifier.to(device, memory_format=classifier.memory_format)
@@ -201,7 +225,11 @@ def fit(
     optimiser, history, best = sgd(classifier, run), [], None
     trainer = Trainer(classifier, optimiser, pixels, source, run)
     path, written, wanted = folder and folder / "checkpoint.pt", time.perf_counter(), identity(run, train)
-    if path and (state := read_checkpoint(path, wanted, device)):
+    state = read_checkpoint(path, wanted, device) if path else None
+    if state and not fits(state, classifier, source, run):
+        print("the checkpoint is damaged: starting over")
+        state = None
+    if state:
         classifier.load_state_dict(state["classifier"]); optimiser.load_state_dict(state["optimiser"])
         source.load_state_dict(state["source"])
         history, best = state["history"], state["best"]

@@ -1,7 +1,9 @@
 """What damage, misuse and accidents must not do: change a number in silence, or end in a traceback. Each case failed once."""
 import contextlib
+import io
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -9,15 +11,17 @@ import sys
 import time
 
 import pytest
+import torch
 from dask import config
 from distributed import as_completed
 from conftest import ROOT
 
-from soft_cifar import study
+from soft_cifar import data, evaluation, models, runs, study, training
 from soft_cifar.checks import StudyError, error_of
+from soft_cifar.runs import Run
 
 STUDY = """
-shared: {preset: demo, depth: 8, epochs: 1, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
+shared: {preset: demo, depth: 8, epochs: 1, schedule: one_cycle, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
 models:
   basic: {method: basic}
 labels: [soft]
@@ -65,6 +69,8 @@ WRONG_FILES = {
     "no mapping": (STUDY.replace("{method: basic}", "!!map x"), "expected a mapping"),
     "a seed of its own": (STUDY.replace("method: basic", "seed: 3"), "no effect"),
     "an output of its own": (STUDY.replace("depth: 8", "output: elsewhere"), "no effect"),
+    "reuse of a path": (STUDY + 'reuse: ["../other"]\n', "expected the name of a study"),
+    "reuse of nothing": (STUDY + 'reuse: [""]\n', "expected the name of a study"),
     "a long name": (STUDY.replace("method: basic", f"data: {'long' * 80}"), "bytes"),
     "a list of no labels": (STUDY.replace("[soft]", "[[soft]]"), "labels=['soft']"),
 }
@@ -78,9 +84,9 @@ def test_a_wrong_study_file_gets_a_sentence(tmp_path, text, said):
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path):
     "A leading zero means nothing, and an exponent needs no point."
-    found = study.load(study_in(tmp_path, STUDY.replace("[0, 1]", "[010, 0o10, 0x1F]").replace("method: basic", "lr: 5e-2, weight_decay: .5, decay: 1.")))
+    found = study.load(study_in(tmp_path, STUDY.replace("[0, 1]", "[010, 0o10, 0x1F]").replace("method: basic", "lr: 5e-2, weight_decay: .5, fgsm_eps: 1.")))
     assert [run.seed for run in found.runs] == [10, 8, 31]
-    assert {(run.lr, run.weight_decay, run.decay) for run in found.runs} == {(.05, .5, 1.)}
+    assert {(run.lr, run.weight_decay, run.fgsm_eps) for run in found.runs} == {(.05, .5, 1.)}
 
 
 ODD_NOTEBOOKS = [b"", b"{", b"\xff", b"[]", b"7", b"null", b"{}", *(json.dumps(dict(cells=cells)).encode() for cells in (
@@ -193,3 +199,119 @@ def test_a_scheduler_behind_tls(tmp_path):
             message = error_of(contextlib.ExitStack().enter_context, study.workers(1, stranger, 1, patience=2))
             assert said in message, message
     finally: stop(started)
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    "As on a disk that is full: no file can grow beyond `size` bytes."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+TINY = Run(preset="demo", depth=8, epochs=5, warmup=0, milestones=(4,), train_size=64, validation_size=20, test_size=50, ood_size=50)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return data.split(data.load("oracle"), (TINY.train_size, TINY.validation_size, TINY.test_size), TINY.seed)
+
+
+def fitted(parts, folder=None, progress=None):
+    "A trained classifier's weights and its losses."
+    classifier = models.create("basic", TINY.seed, **TINY.model)
+    history = training.fit(classifier, parts[0], parts[1], TINY, folder, progress or (lambda history: None), checkpoint_seconds=0)
+    return classifier.state_dict(), [row["train_loss"] for row in history]
+
+
+def same(one, other): return one[1] == other[1] and all(torch.equal(a, b) for a, b in zip(one[0].values(), other[0].values()))
+
+
+def after(epochs, action):
+    "A progress that does something when so many epochs are done."
+    def progress(history):
+        if len(history) == epochs: action()
+    return progress
+
+
+def test_training_on_a_full_disk_resumes_when_there_is_room(parts, tmp_path, capsys):
+    "Its last checkpoint stays, whole, and nothing else does."
+    undisturbed = fitted(parts)
+    with contextlib.ExitStack() as full:
+        message = error_of(fitted, parts, tmp_path, after(3, lambda: full.enter_context(no_file_above(1000))))
+    assert "cannot write the checkpoint" in message and "checkpoint.pt" in message and "File too large" in message, message
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert same(undisturbed, fitted(parts, tmp_path))
+    assert "resumed after epoch 3 of 5" in capsys.readouterr().out
+
+
+def test_training_in_a_folder_that_is_removed(parts, tmp_path):
+    place = tmp_path / "partial"
+    place.mkdir()
+    message = error_of(fitted, parts, place, after(2, lambda: shutil.rmtree(place)))
+    assert "the folder was removed" in message and "partial/checkpoint.pt" in message, message
+
+
+def damaged(content, change):
+    "A checkpoint whose sha256 is right and whose state is not."
+    state = torch.load(io.BytesIO(content[64:]), weights_only=True)
+    change(state)
+    content = runs.as_bytes(state)
+    return runs.digest(content).encode() + content
+
+
+DAMAGE = {
+    "no identity": lambda state: state.pop("identity"), "no classifier": lambda state: state.pop("classifier"), "no optimiser": lambda state: state.pop("optimiser"),
+    "no best": lambda state: state.pop("best"), "no source": lambda state: state.pop("source"), "no history": lambda state: state.update(history=[]), "history of nothing": lambda state: state.update(history=3),
+    "too long": lambda state: state.update(history=state["history"] * 9), "one weight less": lambda state: state["classifier"].popitem(), "another shape": lambda state: state["best"].update({"mean": torch.zeros(7)}),
+    "another average": lambda state: state["optimiser"]["state"][0].update(momentum_buffer=torch.zeros(2)), "a list": lambda state: state.update(classifier=[1]),
+}
+
+
+def test_a_checkpoint_that_is_damaged_is_not_used(parts, tmp_path, capsys):
+    "Whatever is wrong with it, the run starts over, and says so. (Flipped bits are the lesson's.)"
+    undisturbed = fitted(parts)
+    def stop(): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fitted(parts, tmp_path, after(3, stop))
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for name, change in DAMAGE.items():
+        (tmp_path / "checkpoint.pt").write_bytes(damaged(whole, change))
+        assert same(undisturbed, fitted(parts, tmp_path)), name
+        assert "starting over" in capsys.readouterr().out, name
+    for content in (whole[:64], whole[64:], b"", whole[:-1]):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert same(undisturbed, fitted(parts, tmp_path))
+        assert "starting over" in capsys.readouterr().out
+    (tmp_path / "checkpoint.pt").write_bytes(whole)
+    assert same(undisturbed, fitted(parts, tmp_path)) and "resumed after epoch 3" in capsys.readouterr().out
+
+
+def saved(place, weights=None):
+    run = Run(preset="demo", output=str(place), keep_weights=weights is not None)
+    return runs.save(run, dict(metrics=dict(accuracy=.5)), dict(labels=torch.zeros(3, dtype=torch.long)), [dict(epoch=1, loss=1.)], weights)
+
+
+@pytest.mark.parametrize("size, weights", [(100, None), (10_000, dict(w=torch.zeros(20_000)))])
+def test_a_run_saved_on_a_full_disk(tmp_path, size, weights):
+    "A sentence, nothing half written, and the same once there is room."
+    with no_file_above(size): message = error_of(saved, tmp_path, weights)
+    assert "File too large" in message and "make room" in message and "the run starts over" in message, message
+    assert not [*tmp_path.rglob("seed-*")]
+    assert saved(tmp_path, weights).is_dir()
+
+
+def test_a_stale_notebook_in_the_environment_fails_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFT_CIFAR_NOTEBOOK", str(tmp_path / "gone.ipynb"))
+    assert "metrics.json" in os.listdir(saved(tmp_path))
+
+
+@pytest.mark.parametrize("method, size", [("basic", 1), ("basic", 2), ("sngp", 2)])
+def test_a_training_set_of_one_image(method, size):
+    "Features without covariance, or with next to none: measured, not a traceback after training."
+    run = Run(preset="demo", method=method, depth=8, train_size=size, validation_size=3, test_size=5, ood_size=5, **(dict(bound=1e-30) if method == "sngp" else {}))
+    train, validation, test = data.split(data.load("oracle"), (run.train_size, run.validation_size, run.test_size), 0)
+    classifier = models.create(method, 0, **run.model).eval()
+    classifier.finish(train.pixels())
+    found, _ = evaluation.evaluate(classifier, train, validation, test, data.load("oracle_ood").first(5), run)
+    assert 0 <= found["auroc_mahalanobis"] <= 1, found["auroc_mahalanobis"]
