@@ -123,7 +123,7 @@ def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
 
 
 SCHOOL = """
-shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, batch_size: 32, train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
 models:
   first: {labels: hard}
   wild: {labels: hard, lr: 1.0e+12, warmup: 0}
