@@ -87,7 +87,7 @@ ESCAPES = dict(md=escape_markdown, tex=escape_latex, html=escape_html)     # of 
 
 def wide(table:pd.DataFrame, style:str) -> list[list[str]]:
     "`table1` as rows of text, the header first: in `style` md, tex or html. (latex: packages xcolor and booktabs.)"
-    plus = "$\pm$" if style == "tex" else "±"
+    plus = "$\\pm$" if style == "tex" else "±"
     def text(row):
         _, factor, decimals, _ = COLUMNS[row.metric]
         def digits(value): return f"{factor * value:.{decimals}f}"
