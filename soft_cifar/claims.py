@@ -10,6 +10,7 @@ __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'PRIMARY', 'SMALLEST', 'MODELS', 'MIXE
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, pandas as pd
@@ -171,10 +172,12 @@ class Results:
 
 def by_image(kept:dict) -> dict:
     "For each metric that the predictions `kept` of a run allow: (values [N], index [N]) for each of its sets of images."
-    return {metric: [(values.numpy(), kept[name].numpy()) for name, values in parts.items()]
+    indices = {name: kept[name].int().numpy() for name in ("index", "ood_index") if name in kept}
+    def in_half_the_memory(values): return values.float().numpy()     # a study may have thousands of runs
+    return {metric: [(in_half_the_memory(values), indices[name]) for name, values in parts.items()]
             for metric, parts in per_image(kept).items()}
 
-def results(gathered:pd.DataFrame, predictions:dict|None=None) -> Results:
+def results(gathered:pd.DataFrame, predictions:Mapping|None=None) -> Results:
     """The results of a study from a table as `study.gather` gives it and, where at hand, the `predictions` of its runs by
     (model, labels, mix, seed). A metric that runs did not record, but their predictions allow, is there as well."""
     images = {key: by_image(kept) for key, kept in (predictions or {}).items()}

@@ -10,6 +10,7 @@ __all__ = ['HUMAN', 'MODEL', 'OTHER', 'NAMES', 'HIGHER', 'MARKERS', 'compact_png
 
 # %% ../nbs/51_plots.ipynb #4a74eae2
 import io, textwrap
+from collections.abc import Mapping
 import matplotlib.pyplot as plt, seaborn as sns
 import torch
 from PIL import Image
@@ -278,7 +279,7 @@ def ood_scores(gathered) -> Figure:
     fig.legend(handles=[plt.Line2D([], [], ls="", marker="|", mew=2, ms=8, color=c, label=m) for m, c in colors.items()], loc="outside right upper", frameon=False, fontsize=8)
     return fig
 
-def entropy_against_people(predictions:dict) -> Figure:
+def entropy_against_people(predictions:Mapping) -> Figure:
     "Mean entropy of the model by that of people's votes, soft and hard labels side by side, from predictions by (model, labels, mix, seed), without mixing."
     models = list(dict.fromkeys(m for m, *_ in predictions)); colors = colors_of(models)
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), sharey=True, sharex=True, layout="constrained")
@@ -286,7 +287,8 @@ def entropy_against_people(predictions:dict) -> Figure:
     for ax, labels in zip(axes, ("soft", "hard")):
         ax.plot([0, 1.4], [0, 1.4], "--", color="grey", lw=1)
         for model in models:
-            kept = [p for (m, l, mix, _), p in predictions.items() if (m, l, mix) == (model, labels, "none") and "counts" in p]
+            kept = [predictions[key] for key in predictions if key[:3] == (model, labels, "none")]
+            kept = [p for p in kept if "counts" in p]
             if not kept: continue
             people = torch.cat([metrics.entropy(p["counts"].double() / p["counts"].sum(1, keepdim=True)) for p in kept])
             own, group = torch.cat([metrics.entropy(p["log_probs"].double().exp()) for p in kept]), torch.bucketize(people, edges)

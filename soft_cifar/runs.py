@@ -389,8 +389,11 @@ def teachers(run:Run) -> list[models.Classifier]:
     return [classifier(folder, run.on) for folder in run.teachers]
 
 def load(folder) -> tuple[dict, dict, list[dict]]:
-    "(record, predictions, history) of a complete run folder; predictions are `rounded`. Raises `DataError` as `record` does."
+    """(record, predictions, history) of a complete run folder; predictions are `rounded`. Raises `DataError` as `record` does, and for predictions that
+    are no numbers."""
     found, folder = record(folder), project_path(folder)
     with np.load(folder / "predictions.npz", allow_pickle=False) as z: predictions = {k: rounded(torch.from_numpy(z[k])) for k in z}
+    odd = [name for name, values in predictions.items() if values.isnan().any()]
+    if odd: raise DataError(f"{shown(folder)}: {', '.join(odd)} of its predictions hold what is no number (nan). Remove the folder, and make the run again")
     with open(folder / "history.csv", newline="") as file: history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     return found, predictions, history

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np, scipy.optimize, scipy.stats, torch
 from torch import Tensor
 from . import metrics
-from .checks import InputError, number
+from .checks import InputError, number, shapes
 
 # %% ../nbs/50_stats.ipynb #bb092003
 def possible_seed_counts(mean:float, images:int=1500, decimals:int=3, most:int=5) -> list[int]:
     """The numbers of seeds n <= `most` for which a mean accuracy (percent, rounded to `decimals`) over n test sets of
-    `images` can print as `mean`. Raises `InputError` for `most` < 1."""
+    `images` can print as `mean`. Raises `InputError` for a `mean` outside 0 to 100, and for `images` or `most` < 1."""
+    number("mean", mean, low=0, high=100)
+    number("images", images, int, low=1)
     def prints(n):
         hits = round(mean / 100 * images * n)
         return any(round(100 * (hits + d) / (images * n), decimals) == mean for d in (-1, 0, 1))
@@ -51,9 +53,11 @@ class Difference:
         return cls(*map(float, (estimate, estimate - half, estimate + half, p)), n, float(error), float(freedom))
 
 def paired(a, b) -> np.ndarray:
-    "a - b [n] of the same seeds, from `a` [n], `b` [n]. Raises `InputError` for none, or for lengths that differ."
-    if len(a) == len(b) > 0: return np.asarray(a, float) - np.asarray(b, float)
-    raise InputError(f"{len(a)} and {len(b)} values cannot be paired: expected the same seeds in both, at least one")
+    "a - b [n] of the same seeds, from `a` [n], `b` [n]. Raises `InputError` for none, or for shapes that differ."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.ndim == 1 and a.shape == b.shape and len(a) > 0: return a - b
+    raise InputError(f"values of shape {a.shape} and {b.shape} cannot be paired: expected one value of each seed, the "
+                     "same seeds in both, at least one")
 
 def paired_differences(a, b, level:float=.95) -> Difference:
     "Paired t test and interval of a - b, from values of the same seeds, [n] each. Raises `InputError` as `paired`."
@@ -64,7 +68,11 @@ def paired_differences(a, b, level:float=.95) -> Difference:
 # %% ../nbs/50_stats.ipynb #bf8e5d37
 def shared_covariance(values, index) -> tuple[float, float]:
     """Mean covariance of two seeds' means that comes from images they share, and its variance over images, from `values`
-    [S,m], a row per seed, on the images `index` [S,m]: a moment estimate, which may fall below 0."""
+    [S,m], a row per seed, on the images `index` [S,m]: a moment estimate, which may fall below 0.
+    Raises `InputError` for values and indices of different shapes, and for fewer than two seeds or images."""
+    if np.ndim(values) != 2 or np.shape(values) != np.shape(index) or min(np.shape(values)) < 2: raise InputError(
+        f"values of shape {np.shape(values)} on images of shape {np.shape(index)}, expected [seeds, images] for both, "
+        "at least two of each")
     values, (images, place) = np.asarray(values, float), np.unique(index, return_inverse=True)
     seeds, m = values.shape
     centred, place = (values - values.mean(1, keepdims=True)).ravel(), place.ravel()
@@ -91,12 +99,16 @@ def crossed(parts, level:float=.95) -> Difference:
 
 # %% ../nbs/50_stats.ipynb #bc2accf3
 def calibration_values(confidence:Tensor, outcome:Tensor, bins:int) -> Tensor:
-    "Values [N] whose mean is the calibration error of `confidence` [N] for `outcome` [N], 0 to 1, in equal-width `bins`."
+    """Values [N] whose mean is the calibration error of `confidence` [N] for `outcome` [N], 0 to 1, in equal-width
+    `bins`. Raises `InputError` for shapes that differ."""
+    shapes(confidence=(confidence, "N", "floating"), outcome=(outcome, "N"))
     which, gap = metrics.equal_width(confidence, bins), outcome.double() - confidence
     return torch.zeros(bins, dtype=torch.float64).index_add_(0, which, gap).sign()[which] * gap
 
 def auroc_values(scores:Tensor, ood_scores:Tensor) -> tuple[Tensor, Tensor]:
-    "Values [N] of the test and [M] of the unfamiliar images; the mean of either is the AUROC of the scores."
+    """Values [N] of the test and [M] of the unfamiliar images; the mean of either is the AUROC of the scores.
+    Raises `InputError` for other shapes."""
+    shapes(scores=(scores, "N"), ood_scores=(ood_scores, "M"))
     def share_below(x, others):
         ordered = others.sort().values
         left, right = (torch.searchsorted(ordered, x.contiguous(), right=side).double() for side in (False, True))
@@ -105,7 +117,10 @@ def auroc_values(scores:Tensor, ood_scores:Tensor) -> tuple[Tensor, Tensor]:
 
 def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """For each metric that the predictions `kept` of a run allow, values whose mean is the metric: on the test images,
-    `index` [N], and for `auroc_max_logit` also on the unfamiliar ones, `ood_index` [M]."""
+    `index` [N], and for `auroc_max_logit` also on the unfamiliar ones, `ood_index` [M].
+    Raises `InputError` for predictions of shapes that do not fit each other."""
+    shapes(log_probs=(kept["log_probs"], "NK", "floating"), labels=(kept["labels"], "N", "whole"),
+           **{name: (kept[name], "NK") for name in ("counts", "fgsm_log_probs") if name in kept})
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
     (confidence, predicted), p_true = log_probs.exp().max(1), log_probs.gather(1, labels[:, None])[:, 0].exp()
     right = predicted == labels
@@ -125,9 +140,12 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 # %% ../nbs/50_stats.ipynb #210ae92d
-def nadeau_bengio(a, b, test:int, train:int, level:float=.95) -> Difference:
+def nadeau_bengio(a, b, test:float, train:float, level:float=.95) -> Difference:
     """Paired test and interval of a - b for a new pool of images, from values of the same seeds `a` [n], `b` [n], each of
-    which tests `test` images of the pool and trains on `train` others. Raises `InputError` as `paired`."""
+    which tests `test` images of the pool and trains on `train` others; only their ratio counts. Raises `InputError` as
+    `paired`, and for a size <= 0."""
+    number("test", test, low=0, open_low=True)
+    number("train", train, low=0, open_low=True)
     d = paired(a, b)
     if len(d) < 2: return paired_differences(a, b)
     return Difference.of(d.mean(), d.std(ddof=1) * math.sqrt(1 / len(d) + test / train), len(d) - 1, len(d), level)
@@ -135,8 +153,9 @@ def nadeau_bengio(a, b, test:int, train:int, level:float=.95) -> Difference:
 # %% ../nbs/50_stats.ipynb #f4fd9348
 def holm(p) -> np.ndarray:
     """Adjusted p values [m] of a family `p` [m] (Holm 1979); nan stays nan, and counts among the m.
-    Raises `InputError` outside [0,1]."""
+    Raises `InputError` outside [0,1], and for anything but a row of numbers."""
     p = np.asarray(p, float)
+    if p.ndim != 1: raise InputError(f"p values of shape {p.shape}, expected [m]")
     if ((p < 0) | (p > 1)).any(): raise InputError(f"p values from {np.nanmin(p)} to {np.nanmax(p)}, expected 0 to 1")
     order = np.argsort(p)     # nan last
     adjusted = np.empty(len(p))
@@ -145,14 +164,17 @@ def holm(p) -> np.ndarray:
 
 # %% ../nbs/50_stats.ipynb #51ba7adc
 def equivalence_p(difference:Difference, smallest:float) -> float:
-    "The larger p of two one-sided tests that the true difference lies inside +- `smallest`. nan with one seed."
+    """The larger p of two one-sided tests that the true difference lies inside +- `smallest`. nan with one seed, or
+    where `smallest` is nan: nobody said what matters. Raises `InputError` for `smallest` <= 0."""
+    if smallest <= 0: raise InputError(f"smallest={smallest} is not usable: expected a difference > 0")
     if difference.error == 0: return float(abs(difference.estimate) >= smallest)
     return float(scipy.stats.t.sf((smallest - abs(difference.estimate)) / difference.error, difference.freedom))
 
 # %% ../nbs/50_stats.ipynb #0ebc6b78
 def minimum_detectable(difference:Difference, alpha:float=.05, power:float=.8) -> float:
     """The true difference that a test at `alpha` with this standard error and degrees of freedom calls significant with
-    probability `power`. nan with one seed."""
+    probability `power`. nan with one seed. Raises `InputError` unless 0 < `alpha` < `power` < 1."""
+    number("power", power, low=number("alpha", alpha, low=0, open_low=True), high=1, open_low=True, open_high=True)
     error, freedom = difference.error, difference.freedom
     if not error: return 0.
     if math.isnan(error): return math.nan

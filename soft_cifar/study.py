@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['KEYS', 'LONGEST', 'OWN', 'NUMBERS', 'whole_number', 'Loader', 'Study', 'reused', 'check_formats', 'load',
            'notebook_of', 'finished', 'last_error', 'state', 'status', 'cores', 'host_of', 'run_papermill', 'sweep',
-           'standing', 'compare', 'run_notebook', 'answered', 'workers', 'meeting', 'execute', 'gather', 'caveats']
+           'standing', 'compare', 'run_notebook', 'answered', 'workers', 'meeting', 'execute', 'gather', 'Predictions',
+           'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, hashlib, json, logging, math, os, re, shutil, time, uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-import dask, pandas as pd, papermill, psutil, yaml
+import dask, pandas as pd, papermill, psutil, torch, yaml
 from concurrent.futures import CancelledError
 from distributed import Client, LocalCluster, as_completed, get_worker
 from distributed.comm.core import CommClosedError
@@ -381,6 +383,17 @@ def gather(study:Study) -> pd.DataFrame:
         rows.append(dict(model=study.models[run.cell], cell=run.cell) | {f.name: f.default for f in fields(Run)} | record["parameters"] | record["metrics"] | {f"seconds_{k}": v for k, v in record["seconds"].items()}
                     | dict(parameter_count=record["parameter_count"]) | sets | origin)
     return pd.DataFrame(rows)
+
+class Predictions(Mapping):
+    "What the runs of `study` that are in `gathered` predicted, by (model, labels, mix, seed): read from their folders when asked for, and not kept."
+    def __init__(self, study:Study, gathered:pd.DataFrame):
+        done = set(zip(gathered.cell, gathered.seed)) if len(gathered) else set()
+        self.folders = {(study.models[run.cell], run.labels, run.mix, run.seed): run.folder
+                        for run in study.runs if (run.cell, run.seed) in done}
+
+    def __getitem__(self, key:tuple) -> dict[str, torch.Tensor]: return runs.load(self.folders[key])[1]
+    def __iter__(self): return iter(self.folders)
+    def __len__(self) -> int: return len(self.folders)
 
 def caveats(study:Study, gathered:pd.DataFrame) -> list[str]:
     "What a reader of a table of `gathered` has to know: cells that lack seeds, and runs that differ in what they should share."

@@ -10,21 +10,26 @@ __all__ = ['COLUMNS', 'HUMAN_ROW', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'WORDS',
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
-import numpy as np, pandas as pd, torch
+from collections.abc import Mapping
+import pandas as pd, torch
 from .claims import (CELL, PRIMARY, SMALLEST, Results, average, for_new_pool, from_runs, of_study, published,
                                registry, results)
 from .checks import escape_html, escape_latex, escape_markdown
 from .stats import minimum_detectable, per_image
 
 # %% ../nbs/53_tables.ipynb #034a38c3
-def human_scores(predictions:dict) -> dict[str, float]:
+def human_scores(predictions:Mapping) -> dict[str, float]:
     """What the human distribution scores on all test images of the runs in `predictions`, for each metric of
     `stats.per_image` that needs no network; log loss is nan where a test label got no vote. Empty without votes."""
-    kept = [p for p in predictions.values() if "counts" in p]
-    if not kept: return {}
-    index, counts, labels = (torch.cat([p[name] for p in kept]) for name in ("index", "counts", "labels"))
-    first = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])     # each image once
-    counts, labels = counts[first].double(), labels[first]
+    seen, parts = set(), []
+    for kept in predictions.values():
+        if "counts" not in kept: continue
+        new = torch.tensor([i not in seen for i in kept["index"].tolist()])     # each image once
+        seen.update(kept["index"].tolist())
+        parts.append((kept["counts"][new], kept["labels"][new]))
+    if not parts: return {}
+    counts, labels = map(torch.cat, zip(*parts))
+    counts = counts.double()
     share = counts / counts.sum(1, keepdim=True)
     values = per_image(dict(log_probs=share.clamp(min=1e-12).log(), labels=labels, counts=counts))
     scores = {metric: float(parts["index"].mean()) for metric, parts in values.items()}
@@ -50,11 +55,11 @@ def comparable(gathered:pd.DataFrame) -> bool:
     "Whether the runs follow the published protocol, so that published numbers may stand beside theirs."
     return {"preset", "data"} <= set(gathered) and set(zip(gathered.preset, gathered.data)) == {("paper", "cifar10h")}
 
-def table1(gathered:pd.DataFrame, predictions:dict|None=None) -> pd.DataFrame:
+def table1(gathered:pd.DataFrame, measured:Results|None=None, human:dict|None=None) -> pd.DataFrame:
     """Long table: a row per cell and metric of `COLUMNS` that the runs have, with mean, spread, number of seeds; `best`
     (of its `type`, of `all`); for a `comparable` study the published mean and `z`, ours minus that in standard errors.
-    The people's rows come first, where `predictions` by (model, labels, mix, seed) hold votes."""
-    measured, paper, human = results(gathered, predictions), published(), human_scores(predictions or {})
+    The people's rows come first, from `human_scores`. `measured` are the `results` of the same runs, image by image."""
+    measured, paper = measured or results(gathered), published()
     rows, beside = [], comparable(gathered)
     for metric, (_, _, _, better) in COLUMNS.items():
         if metric not in measured.by_seed: continue
@@ -141,12 +146,12 @@ def in_words(row) -> str:
     side = "better" if (row.estimate > 0) == (COLUMNS[row.metric][3] is max) else "worse"
     return row.verdict.replace("supported", side).replace("refuted", side)
 
-def soft_minus_hard(gathered:pd.DataFrame, metrics, predictions:dict|None=None) -> pd.DataFrame:
+def soft_minus_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     """One row per metric and configuration that has both labels, and one, `pooled`, over all of them: estimate, low, high,
     p, n; ends of the interval for a new pool; the smallest effect that matters, and the smallest `detectable` one; for the
     pooled row of a primary metric p by Holm and the verdict: soft labels are better, worse, without a difference that
     matters, or undecided."""
-    measured, pairs, rows = results(gathered, predictions), pairs_of(gathered), []
+    measured, pairs, rows = measured or results(gathered), pairs_of(gathered), []
     for metric in metrics if pairs else ():
         for soft, hard in pairs:
             name = soft[0] + (f", {soft[2]}" if soft[2] != "none" else "")
@@ -170,10 +175,10 @@ def names_of(cells) -> dict[tuple, str]:
     needed = [tells(i) for i in range(3)]
     return {cell: ", ".join(word for word, n in zip(cell, needed) if n and word != "none") or cell[0] for cell in cells}
 
-def against_hard(gathered:pd.DataFrame, metrics, predictions:dict|None=None) -> pd.DataFrame:
+def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     """One row per metric and cell that is not trained on hard labels with cross-entropy: its difference to the cell of
     the same model type and mix that is, or to the study's first one. Columns as `soft_minus_hard`; rows by `names_of`."""
-    measured, rows = results(gathered, predictions), []
+    measured, rows = measured or results(gathered), []
     cells = names_of(gathered[CELL].itertuples(index=False, name=None))
     plain = gathered[(gathered.labels == "hard") & (gathered.loss == "cross_entropy")]
     hard = list(dict.fromkeys(plain[CELL].itertuples(index=False, name=None)))
