@@ -56,7 +56,7 @@ PRESETS = dict(
         schedule="step", epochs=8, lr=.05, warmup=1, milestones=(4, 6, 7), bfloat16=False, penalty_every=1),
 )
 PRESETS["compact"] = PRESETS["paper"] | dict(
-    schedule="one_cycle", epochs=60, lr=.4, warmup=0, milestones=(), bfloat16="auto", penalty_every=4)
+    schedule="one_cycle", epochs=60, lr=.8, warmup=0, milestones=(), bfloat16="auto", penalty_every=4)
 def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
     return dict(ood="oracle_ood", test_labels="gold") if data == "oracle" else dict(ood="svhn", test_labels="majority")

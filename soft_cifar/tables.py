@@ -59,7 +59,7 @@ def table1(gathered:pd.DataFrame, measured:Results|None=None, human:dict|None=No
     """Long table: a row per cell and metric of `COLUMNS` that the runs have, with mean, spread, number of seeds; `best`
     (of its `type`, of `all`); for a `comparable` study the published mean and `z`, ours minus that in standard errors.
     The people's rows come first, from `human_scores`. `measured` are the `results` of the same runs, image by image."""
-    measured, paper = measured or results(gathered), published()
+    measured, paper, human = measured or results(gathered), published(), human or {}
     rows, beside = [], comparable(gathered)
     for metric, (_, _, _, better) in COLUMNS.items():
         if metric not in measured.by_seed: continue
