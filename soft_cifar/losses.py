@@ -36,30 +36,35 @@ def distillation(
 
 # %% ../nbs/10_losses.ipynb #4625530e
 def reverse_cross_entropy(logits:torch.Tensor, targets:torch.Tensor, log_zero:float=-4.) -> torch.Tensor:
-    "Mean cross-entropy of `targets` [B,K] against `softmax(logits)` [B,K], with log 0 = `log_zero`: a scalar, nats (Wang et al. 2019, eq. 6). Raises `InputError` when the shapes differ."
+    """Mean cross-entropy of `targets` [B,K] against the distribution `softmax(logits)` [B,K], with log 0 = `log_zero`: a scalar,
+    nats (Wang et al. 2019, eq. 6). Raises `InputError` when the shapes differ."""
     shapes(logits=(logits, "BK", "floating"), targets=(targets, "BK", "floating"))
     return -(logits.softmax(1) * targets.log().clamp(min=log_zero)).sum(1).mean()
 
 def confusion_of_pairs(logits:torch.Tensor, targets:torch.Tensor) -> torch.Tensor:
-    "Mean squared distance between `softmax(logits)` of image i and of image i + B//2, weighted by how far `targets` [B,K] differ: a scalar, 0 to 2 (Dubey et al. 2018). Raises `InputError` when the shapes differ."
+    """Mean squared distance between the distributions `softmax(logits)` [B,K] of image i and of image i + B//2, weighted by how
+    far `targets` [B,K] differ: a scalar, 0 to 2 (Dubey et al. 2018). Raises `InputError` when the shapes differ."""
     shapes(logits=(logits, "BK", "floating"), targets=(targets, "BK", "floating"))
     pairs = len(logits) // 2
     p, y = logits.softmax(1), targets
     differ = 1 - (y[:pairs] * y[pairs:2*pairs]).sum(1)
     return (differ * (p[:pairs] - p[pairs:2*pairs]).square().sum(1)).sum() / max(pairs, 1)
 
-def cross_entropy(criterion): return criterion
+def cross_entropy(criterion, outputs, logits, y):
+    "The method's own `criterion` of `outputs` and targets `y`: a scalar. The `logits` are not looked at, and may be None."
+    return criterion(outputs, y)
 
-def symmetric_ce(criterion, sce_alpha:float=.1, sce_beta:float=1.):
-    "`sce_alpha` times `criterion` plus `sce_beta` times the reverse cross-entropy (Wang et al. 2019, eq. 7, with their weights for CIFAR-10)."
-    return lambda outputs, y: sce_alpha * criterion(outputs, y) + sce_beta * reverse_cross_entropy(outputs, y)
+def symmetric_ce(criterion, outputs, logits, y, sce_alpha:float=.1, sce_beta:float=1.):
+    """`sce_alpha` times `criterion` plus `sce_beta` times the reverse cross-entropy of the answer, from its `logits` [B,K]
+    (Wang et al. 2019, eq. 7, with their weights for CIFAR-10)."""
+    return sce_alpha * criterion(outputs, y) + sce_beta * reverse_cross_entropy(logits, y)
 
-def pairwise_confusion(criterion, confusion:float=.1):
-    "`criterion` plus `confusion` times the confusion of pairs (Dubey et al. 2018, eq. 4)."
-    return lambda outputs, y: criterion(outputs, y) + confusion * confusion_of_pairs(outputs, y)
+def pairwise_confusion(criterion, outputs, logits, y, confusion:float=.1):
+    "`criterion` plus `confusion` times the confusion of pairs of the answer, from its `logits` [B,K] (Dubey et al. 2018, eq. 4)."
+    return criterion(outputs, y) + confusion * confusion_of_pairs(logits, y)
 
-OBJECTIVES = dict(cross_entropy=cross_entropy, symmetric_ce=symmetric_ce, pairwise_confusion=pairwise_confusion)   # what a method's own criterion becomes
+OBJECTIVES = dict(cross_entropy=cross_entropy, symmetric_ce=symmetric_ce, pairwise_confusion=pairwise_confusion)
 
 def parameters_of(name:str) -> list[str]:
-    "The names that the objective `name` takes beside the criterion. Raises `InputError` for an unknown one."
-    return list(inspect.signature(OBJECTIVES[one_of("loss", name, OBJECTIVES)]).parameters)[1:]
+    "The names that the objective `name` takes beside criterion, outputs, logits and targets. Raises `InputError` for an unknown one."
+    return list(inspect.signature(OBJECTIVES[one_of("loss", name, OBJECTIVES)]).parameters)[4:]

@@ -79,13 +79,16 @@ class Trainer:
     def __init__(self, classifier, optimiser, pixels:Tensor, source, run:Run):
         self.classifier, self.optimiser, self.pixels, self.source, self.run = classifier, optimiser, pixels, source, run
         self.generator, self.total = torch.Generator(pixels.device), torch.zeros((), device=pixels.device)
-        self.shape = partial(losses.OBJECTIVES[run.loss], **run.objective)
+        self.objective = partial(losses.OBJECTIVES[run.loss], classifier.criterion, **run.objective)
+        self.asks = source.listens or run.loss != "cross_entropy"     # for what the classifier answers
         classifier.network.bfloat16 = run.computes_in == "bfloat16"
         self.recorded, self.graphs = pixels.is_cuda and run.recorded, {}     # graphs by batch size and kind of step
 
     def epoch(self, epoch:int) -> float:
         "One epoch (from 0); returns the mean loss, in nats per image."
-        self.classifier.train(); self.classifier.start_epoch(); self.total.zero_()
+        self.classifier.train()
+        self.classifier.start_epoch(epoch)
+        self.total.zero_()
         self.generator.manual_seed(epoch_seed(self.run, epoch)); torch.manual_seed(epoch_seed(self.run, epoch))     # the latter for methods that draw at random
         indices = shuffled(self.pixels, self.source, self.run, self.generator)
         for step, index in enumerate(indices):
@@ -96,9 +99,11 @@ class Trainer:
 
     def step(self, index:Tensor) -> None:
         "One step on the images at positions `index` [B]."
-        x, y = batch(self.pixels, self.source, self.run, index, self.generator)
         self.optimiser.zero_grad()
-        loss = self.classifier.loss(x, y, lambda criterion, outputs, y: self.source.loss(self.shape(criterion), outputs, y, x))
+        x, y = batch(self.pixels, self.source, self.run, index, self.generator)
+        outputs = self.classifier(x)
+        logits = self.classifier.logits(outputs) if self.asks else None     # of what the method answers
+        loss = self.source.loss(self.objective, outputs, y, x, logits) + self.classifier.regulariser(outputs)
         loss.backward()
         self.optimiser.step()
         self.classifier.after_step(x, y)

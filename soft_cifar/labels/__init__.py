@@ -17,6 +17,7 @@ from ..data import ImageSet
 # %% ../../nbs/04_labels.ipynb #6c9440dc
 class Table(nn.Module):
     "A label source that never changes: one row of targets for each training image. The base of the others."
+    listens = False     # to what the network answers
     def __init__(self,
         table:Tensor,    # [N,K], rows sum to 1; what validation measures against
         remark:str="",   # what a reader of the results has to know
@@ -36,9 +37,11 @@ class Table(nn.Module):
         "What a network is trained on, [B,K], if it sees these images as `x` [B,3,32,32] and answers `log_probs` [B,K]. Static sources ignore both."
         return self.base(index)
 
-    def loss(self, criterion, outputs:Tensor, y:Tensor, x:Tensor) -> Tensor:
-        "The scalar to minimise, for a network's `outputs` [B,K] on images `x`, both already mixed, as are the targets `y` [B,K]."
-        return criterion(outputs, y)
+    def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
+        """The scalar to minimise, for a network's `outputs` [B,K] on images `x`, both already mixed, as are the targets `y`
+        [B,K]: `objective(outputs, logits, y)` or what the source makes of it. `logits` [B,K] are those of the answer, and
+        may be None where neither the source nor the objective listens."""
+        return objective(outputs, logits, y)
 
 # %% ../../nbs/04_labels.ipynb #d2e3634b
 def onehot(labels:Tensor, image_set:ImageSet) -> Tensor: return F.one_hot(labels, len(image_set.classes))

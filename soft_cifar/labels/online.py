@@ -17,6 +17,8 @@ from . import Sampled, Table, hard, smooth
 # %% ../../nbs/05_online.ipynb #08eee17e
 class Adaptive(Table):
     "A label source whose targets depend on what the network answers."
+    listens = True
+
     def adapt(self, y:Tensor, x:Tensor, log_probs:Tensor) -> Tensor:
         "The targets [B,K] made of the mixed labels `y` [B,K], the images `x` as the network sees them, and its answers `log_probs` [B,K]."
         raise NotImplementedError
@@ -24,8 +26,9 @@ class Adaptive(Table):
     def targets(self, index:Tensor, x:Tensor|None=None, log_probs:Tensor|None=None) -> Tensor:
         return self.adapt(self.base(index), x, log_probs)
 
-    def loss(self, criterion, outputs:Tensor, y:Tensor, x:Tensor) -> Tensor:
-        return criterion(outputs, self.adapt(y, x, outputs.detach().log_softmax(1)))
+    def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
+        heard = logits.detach().log_softmax(1) if self.listens else None
+        return objective(outputs, logits, self.adapt(y, x, heard))
 
 # %% ../../nbs/05_online.ipynb #11b42bb1
 class Bootstrap(Adaptive):
@@ -65,9 +68,9 @@ class OnlineSmoothing(Adaptive):
     def adapt(self, y:Tensor, x:Tensor|None, log_probs:Tensor|None) -> Tensor:
         return torch.lerp(y @ self.S, y, self.alpha)
 
-    def loss(self, criterion, outputs:Tensor, y:Tensor, x:Tensor) -> Tensor:
-        loss = criterion(outputs, self.adapt(y, x, None))
-        self.observe(y, outputs.detach().log_softmax(1))
+    def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
+        loss = objective(outputs, logits, self.adapt(y, x, None))
+        self.observe(y, logits.detach().log_softmax(1))
         return loss
 
     @torch.no_grad()

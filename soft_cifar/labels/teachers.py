@@ -39,6 +39,8 @@ def answers(teachers, image_set:ImageSet) -> Tensor:
 # %% ../../nbs/06_teachers.ipynb #bde15823
 class Taught(Adaptive):
     "Targets from `teachers`: asked once, or again for every batch if `online`; the loss counts `times`."
+    listens = False
+
     def __init__(self, image_set:ImageSet, teachers, online:bool, times:int=1):
         teachers = fit_to_teach(teachers, image_set)
         super().__init__(answers(teachers, image_set))
@@ -47,8 +49,8 @@ class Taught(Adaptive):
     def adapt(self, y:Tensor, x:Tensor, log_probs:Tensor) -> Tensor:
         return answer(self.teachers, x).exp() if self.online else y
 
-    def loss(self, criterion, outputs:Tensor, y:Tensor, x:Tensor) -> Tensor:
-        return self.times * super().loss(criterion, outputs, y, x)
+    def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
+        return self.times * super().loss(objective, outputs, y, x, logits)
 
 def single(teachers):
     "`teachers` if there are not several. Raises `InputError`."
@@ -91,8 +93,10 @@ class Distilled(Adaptive):
         "The one target with the same gradient as the loss, if T = 1 and the criterion is cross-entropy."
         return torch.lerp(y, self.teacher(x, y).exp(), self.alpha)
 
-    def loss(self, criterion, outputs:Tensor, y:Tensor, x:Tensor) -> Tensor:
-        return (1 - self.alpha) * criterion(outputs, y) + self.alpha * distillation(outputs, self.teacher(x, y), self.temperature)
+    def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
+        own = objective(outputs, logits, y)
+        taught = distillation(logits, self.teacher(x, y), self.temperature)
+        return (1 - self.alpha) * own + self.alpha * taught
 
 def kd(image_set:ImageSet, teachers=(), kd_alpha:float=.1, kd_temperature:float=3.) -> Distilled:
     "(1 - a) of the loss to the majority label, and a T^2 KL to the mean of the teachers at temperature T. Raises `InputError` as `off_ldl`, for a outside [0,1], T <= 0."

@@ -35,10 +35,14 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         self.network = ResNet(depth, classes)
 
-    def features(self, x:Tensor) -> Tensor:
-        "The network's pooled features [B,64]. Raises `InputError` for images of another shape: grey ones would be normalised into three channels."
+    def normalised(self, x:Tensor) -> Tensor:
+        "`x` less the mean, over the standard deviation. Raises `InputError` for another shape: grey images would get three channels."
         shapes(x=(x, "B3HW", "floating"))
-        return self.network.features((x - self.mean) / self.std)
+        return (x - self.mean) / self.std
+
+    def features(self, x:Tensor) -> Tensor:
+        "The network's pooled features [B,64]. Raises `InputError` as `normalised`."
+        return self.network.features(self.normalised(x))
 
     def forward(self, x:Tensor) -> Tensor:
         "Logits [B,K]."
@@ -48,24 +52,38 @@ class Classifier(nn.Module):
         "What the method makes of its `outputs` [B,K], as `forward` gives them, against targets `y` [B,K]: a scalar, nats per image."
         return soft_cross_entropy(outputs, y)
 
-    def loss(self, x:Tensor, y:Tensor, objective=None) -> Tensor:
-        "What training minimises, for targets `y` [B,K]: a scalar. `objective(criterion, outputs, y)` may build more from one forward pass than the criterion alone."
+    def answer(self, outputs:Tensor) -> Tensor:
+        "What the method says with the `outputs` [B,K] of the last forward pass: log-probabilities [B,K], differentiable."
+        return outputs.log_softmax(1)
+
+    def logits(self, outputs:Tensor) -> Tensor:
+        """Logits [B,K] whose softmax is the `answer`: what label sources and objectives that listen to the network read.
+        Log-probabilities are such logits; so are the outputs themselves where the answer is their softmax, and this
+        saves a rounding."""
+        return outputs if type(self).answer is Classifier.answer else self.answer(outputs)
+
+    def regulariser(self, outputs:Tensor) -> Tensor|float:
+        "What the method adds to the loss of the last forward pass, which gave `outputs` [B,K]: a scalar."
+        return 0.
+
+    def loss(self, x:Tensor, y:Tensor) -> Tensor:
+        "What a plain step minimises, for targets `y` [B,K]: `criterion` and `regulariser`, a scalar."
         outputs = self(x)
-        return objective(self.criterion, outputs, y) if objective else self.criterion(outputs, y)
+        return self.criterion(outputs, y) + self.regulariser(outputs)
 
     def after_step(self, x:Tensor, y:Tensor) -> None:
         "Called after each optimiser step, with the batch it used."
 
-    def start_epoch(self) -> None:
-        "Called before each epoch's first step."
+    def start_epoch(self, epoch:int=0) -> None:
+        "Called before the first step of each `epoch`, counted from 0."
 
     def finish(self, pixels:Tensor) -> None:
         "Called once after training, with the weights that are kept and all training images [N,3,32,32], not augmented."
 
     def predict(self, x:Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "(`log_probs(x)`, `scores(x)`) from one pass."
-        logits = self(x)
-        return logits.log_softmax(1), softmax_scores(logits)
+        outputs = self(x)
+        return self.answer(outputs), softmax_scores(outputs)
 
     def log_probs(self, x:Tensor) -> Tensor:
         "The predictive distribution, [B,K], natural logarithm."

@@ -78,26 +78,37 @@ class DUQ(Classifier):
         self.network.head = Centroids(self.network.head.in_features, classes, centroid_size, length_scale, gamma)
         self.penalty, self.two_sided = number("penalty", penalty, low=0), boolean("two_sided", two_sided)
         self.period = number("penalty_every", penalty_every, int, low=1) if self.penalty else 1
-        self.seen = None         # features of the last training batch, for `after_step`
+        self.inputs = self.seen = None     # the last training batch: normalised images, and their features
 
-    def criterion(self, outputs:Tensor, y:Tensor) -> Tensor: return kernel_loss(outputs, y)
+    @property
+    def pays(self) -> bool:
+        "Whether the next training step pays the penalty."
+        return self.penalty > 0 and self.turn == 0
 
-    @torch.enable_grad()
-    def loss(self, x:Tensor, y:Tensor, objective=None) -> Tensor:
-        "Binary cross-entropy of the kernels, or what `objective` makes of it, plus, when it is its turn, `penalty` times `penalty_every` times the gradient penalty: a scalar."
-        x, pays = (x - self.mean) / self.std, self.penalty > 0 and self.turn == 0
-        if pays: x.requires_grad_()
-        features = self.network.features(x)
-        log_k, self.seen = self.network.head(features), features.detach()
-        loss = objective(self.criterion, log_k, y) if objective else self.criterion(log_k, y)
-        if not pays: return loss
-        return loss + self.penalty * self.period * gradient_penalty(gradient_norm(log_k, x), self.two_sided)
+    def forward(self, x:Tensor) -> Tensor:
+        "log K [B,K]. In training, the batch is kept for `regulariser` and `after_step`."
+        if not self.training: return super().forward(x)
+        self.inputs = self.normalised(x)
+        if self.pays: self.inputs.requires_grad_()
+        features = self.network.features(self.inputs)
+        self.seen = features.detach()
+        return self.network.head(features)
+
+    def criterion(self, outputs:Tensor, y:Tensor) -> Tensor:
+        "Binary cross-entropy of the kernels: a scalar, nats per image."
+        return kernel_loss(outputs, y)
+
+    def regulariser(self, outputs:Tensor) -> Tensor|float:
+        "When it is its turn, `penalty` times `penalty_every` times the gradient penalty of the last training batch."
+        if not (self.training and self.pays): return 0.
+        norm = gradient_norm(outputs, self.inputs)
+        return self.penalty * self.period * gradient_penalty(norm, self.two_sided)
 
     def after_step(self, x:Tensor, y:Tensor) -> None:
-        "Move the centroids, by the features that `loss` saw of this batch."
+        "Move the centroids, by the features that the forward pass saw of this batch."
         self.network.head.update(self.seen, y)
 
     def predict(self, x:Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "`log_probs` of K / sum K; `scores` of log K, and `max_kernel`, minus the largest log K."
         log_k = self(x)
-        return log_k.log_softmax(1), softmax_scores(log_k) | dict(max_kernel=-log_k.amax(1))
+        return self.answer(log_k), softmax_scores(log_k) | dict(max_kernel=-log_k.amax(1))

@@ -92,6 +92,8 @@ class RandomFeatureGP(nn.Module):
         self.gain = math.sqrt(2 * inputs / features)
         self.register_buffer("precision", torch.zeros(features, features, dtype=torch.float64))
         self.factor = (None, None, None)      # the precision and its version that the Cholesky factor was computed from; the factor
+        prior = math.sqrt(self.ridge) * torch.eye(features, dtype=torch.float64)
+        self.register_buffer("settled", prior, persistent=False)     # the factor when `settle` was called
 
     def phi(self, h:Tensor) -> Tensor: return random_features(h, self.W, self.b)
     def logits(self, phi:Tensor) -> Tensor: return self.output(self.gain * phi) + self.bias
@@ -100,6 +102,14 @@ class RandomFeatureGP(nn.Module):
     def reset(self) -> None:
         "Forget all images."
         self.precision.zero_()
+
+    def settle(self) -> None:
+        "Keep the precision as it is now for `settled_variance`, in the memory that a CUDA graph has seen."
+        self.settled.copy_(cholesky_of(self.precision, self.ridge))
+
+    def settled_variance(self, phi:Tensor) -> Tensor:
+        "The variance [B] of `phi` [B,D] when `settle` was last called; that of the prior, |phi|^2, before."
+        return posterior_variance(phi, self.settled, self.ridge).to(phi.dtype)
 
     @torch.no_grad()
     def update(self, phi:Tensor) -> None:
@@ -145,14 +155,26 @@ class SNGP(Classifier):
         self.mean_field = number("mean_field", mean_field, low=0)
         self.network.head = RandomFeatureGP(self.network.head.in_features, classes, random_features, feature_scale, ridge)
         bound_convolutions(self.network, torch.zeros(1, 3, 32, 32), bound, power_iterations)
+        self.seen = None     # random features of the last batch, for `answer`
 
     def forward(self, x:Tensor) -> Tensor:
         "Logits [B,K]; in training mode the batch enters the precision."
         phi = self.network.head.phi(self.features(x))
         if self.training: self.network.head.update(phi)
+        self.seen = phi.detach()
         return self.network.head.logits(phi)
 
-    def start_epoch(self) -> None: self.network.head.reset()
+    def answer(self, outputs:Tensor) -> Tensor:
+        """Log-probabilities [B,K] of the mean field, with the variance of the images of the last forward pass: in training by
+        the precision of the last whole epoch, in evaluation by the precision as it is."""
+        head = self.network.head
+        variance = head.settled_variance(self.seen) if self.training else head.variance(self.seen)
+        return mean_field_logits(outputs, variance, self.mean_field).log_softmax(1)
+
+    def start_epoch(self, epoch:int=0) -> None:
+        "Settle what the last epoch has seen, and forget it."
+        self.network.head.settle()
+        self.network.head.reset()
 
     @torch.no_grad()
     def finish(self, pixels:Tensor) -> None:
