@@ -24,6 +24,7 @@ lab: $(READY)             ## JupyterLab, with nbs/explore.ipynb open
 
 notebooks: $(READY)       ## after an edit: export the module, run the lessons, rebuild the README
 	$(BIN)/nbdev_export
+	$(BIN)/python -c 'from soft_cifar import parameters; parameters.write_parameters_cell()'
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/[0-9]*.ipynb nbs/index.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-prompt --TagRemovePreprocessor.remove_input_tags=hide \

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import pandas as pd
-from . import data, evaluation, labels, models, runs, training
+from . import data, evaluation, labels, models, parameters, training
 from .checks import one_of, project_path, shown
-from .runs import Run
+from .parameters import Run
 
 # %% ../nbs/benchmark.ipynb #4fa2ad0a
 class Pictures(torch.utils.data.Dataset):
@@ -195,7 +195,7 @@ def parts(rounds:int) -> dict:
                  jobs=lambda: [jobs_scaling(n, "graph" if cuda else "compact") for n in many],
                  floors=lambda: [floors(method) for method in methods], evaluation=lambda: [evaluation_time(method) for method in methods])
     if not cuda: return found
-    return dict(replayed=lambda: [replay_difference(method, mix) for method in methods for mix in runs.MIXES]) | found | dict(idle=lambda: [idle_share(method) for method in methods],
+    return dict(replayed=lambda: [replay_difference(method, mix) for method in methods for mix in parameters.MIXES]) | found | dict(idle=lambda: [idle_share(method) for method in methods],
         seeds=lambda: [seeds_at_once(n) for n in many], accuracies=lambda: [accuracies(seed) for seed in range(5)])
 
 def everything(place:Path) -> None:
@@ -223,7 +223,7 @@ def compact_runs(measured:dict) -> pd.DataFrame:
     "For each method, of what `everything` wrote on a CPU: seconds of an epoch, of the evaluation, and minutes of a run of preset `compact`, alone on the machine; the evaluation in epochs."
     epoch = 8000 / speeds(measured).compact
     table = pd.DataFrame(measured["evaluation"]).set_index("method").assign(epoch=epoch)
-    table["minutes"] = (runs.PRESETS["compact"]["epochs"] * table.epoch + table.finish + table.evaluate) / 60
+    table["minutes"] = (parameters.PRESETS["compact"]["epochs"] * table.epoch + table.finish + table.evaluate) / 60
     return table.assign(evaluation_in_epochs=table.evaluate / table.epoch)[["epoch", "evaluate", "evaluation_in_epochs", "minutes"]]
 
 def main(words) -> None:

@@ -25,7 +25,7 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class ImageSet:
     """Images with labels and, where people voted, votes. Raises `DataError` when the arrays do not fit together."""
     name: str
-    images: Tensor                  # uint8 [N,32,32,3]
+    images: Tensor                  # uint8 [N,H,W,3], 32x32 as a rule
     labels: Tensor                  # int64 [N], the data set's own label
     counts: Tensor|None = None      # int64 [N,K], votes
     encoding: str = "official"      # what happened to the pixels on their way here, e.g. "jpeg-q75"
@@ -33,6 +33,7 @@ class ImageSet:
     posterior: Tensor|None = None   # float64 [N,K], the exact p(y|x) where the generating model is known
     index: Tensor|None = None       # int64 [N], position in the whole set; filled in if absent
     verified: bool = True           # False: nothing says whether the pixels are as they were when the archive was made
+    held_out: Tensor|None = None    # bool [N], the images of an official test split; None: the set has none
 
     def __post_init__(self):
         text = isinstance(self.name, str) and isinstance(self.encoding, str) and all(isinstance(c, str) for c in self.classes)
@@ -43,8 +44,8 @@ class ImageSet:
         N, K = len(self.images), len(self.classes)
         def check(ok, what):
             if not ok: raise DataError(f"{self.name}: {what}. Delete the archive and prepare it again: soft-cifar data {self.name}")
-        for field, dtype, shape in (("images", torch.uint8, (N, 32, 32, 3)), ("labels", torch.int64, (N,)), ("counts", torch.int64, (N, K))):
-            if (x := getattr(self, field)) is None and field == "counts": continue
+        for field, dtype, shape in (("images", torch.uint8, (N, *self.images.shape[1:3], 3)), ("labels", torch.int64, (N,)), ("counts", torch.int64, (N, K)), ("held_out", torch.bool, (N,))):
+            if (x := getattr(self, field)) is None and field in ("counts", "held_out"): continue
             check(x.dtype == dtype and x.shape == shape, f"{field} are {x.dtype} {list(x.shape)}, expected {dtype} {list(shape)}")
         check(N > 0, "no images, expected at least one")
         check(0 <= self.labels.min() and self.labels.max() < K, f"labels run from {self.labels.min()} to {self.labels.max()}, expected 0 to {K - 1}")
@@ -59,7 +60,7 @@ class ImageSet:
 
     def subset(self, which:Tensor) -> "ImageSet":
         "The images at positions `which` [M] of this set; `index` still counts in the whole set."
-        rows = {f: getattr(self, f)[which] for f in ("images", "labels", "counts", "posterior", "index") if getattr(self, f) is not None}
+        rows = {f: getattr(self, f)[which] for f in ("images", "labels", "counts", "posterior", "index", "held_out") if getattr(self, f) is not None}
         return replace(self, **rows)
 
     def first(self, n:int) -> "ImageSet":
@@ -71,7 +72,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         "sha256 of shapes and contents of images, labels and counts, in hexadecimal."
         digest = hashlib.sha256()
-        for x in (self.images, self.labels, self.counts):
+        for x in (self.images, self.labels, self.counts, self.held_out):
             if x is not None: digest.update(str(list(x.shape)).encode()); digest.update(x.contiguous().numpy())
         return digest.hexdigest()
 
@@ -83,7 +84,7 @@ class ImageSet:
     @property
     def probs(self) -> Tensor:
         "The human distribution, counts over their row sum, float64 [N,K]. Raises `DataError` where nobody voted."
-        if self.counts is None: raise DataError(f"{self.name} has no votes: use labels='gold' and test_labels='gold', or a set with votes (cifar10h, oracle)")
+        if self.counts is None: raise DataError(f"{self.name} has no votes: use labels='gold' and test_labels='gold', base='gold' with sources that soften one label, or a set with votes (cifar10h, oracle)")
         return self.counts.double() / self.counts.sum(1, keepdim=True)
 
     @property
@@ -92,7 +93,7 @@ class ImageSet:
         return self.probs.sort(dim=1, descending=True, stable=True).indices[:, 0]
 
     def pixels(self, device="cpu") -> Tensor:
-        "The images as float32 in [0,1], [N,3,32,32]: what a network sees."
+        "The images as float32 in [0,1], [N,3,H,W]: what a network sees."
         return self.images.to(device).permute(0, 3, 1, 2).float().div(255)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ def data_root(root=None) -> Path:
 def write_archive(image_set:ImageSet, root=None, **meta) -> Path:
     "Write `<name>.npz` into the data root, atomically; `meta` adds e.g. source and licence. Raises `DataError` if it cannot."
     path = data_root(root) / f"{image_set.name}.npz"
-    arrays = {k: getattr(image_set, k).numpy() for k in ("images", "labels", "counts") if getattr(image_set, k) is not None}
+    arrays = {k: getattr(image_set, k).numpy() for k in ("images", "labels", "counts", "held_out") if getattr(image_set, k) is not None}
     meta |= dict(name=image_set.name, encoding=image_set.encoding, classes=list(image_set.classes), fingerprint=image_set.fingerprint)
     if not image_set.verified: meta["pixels"] = "not verified"
     meta["seal"] = seal(meta)
@@ -156,7 +157,7 @@ def read_archive(path:Path) -> ImageSet:
     mend = f"Delete it and prepare it again: soft-cifar data {path.stem}"
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {k: torch.from_numpy(archive[k]) for k in ("images", "labels", "counts") if k in archive or k != "counts"}
+            arrays = {k: torch.from_numpy(archive[k]) for k in ("images", "labels", "counts", "held_out") if k in archive or k in ("images", "labels")}
             meta = json.loads(str(archive["meta"]))
             name, encoding, classes = meta["name"], meta["encoding"], tuple(meta.get("classes", CIFAR10))
     except Exception as error:     # a file that somebody else wrote: zip, zlib, NumPy, JSON and memory each have errors of their own
@@ -243,10 +244,17 @@ def load(name:str, root=None, download:bool=True) -> ImageSet:
 
 # %% ../nbs/02_data.ipynb #ef4080f1
 def split(image_set:ImageSet, sizes:tuple, seed:int) -> tuple[ImageSet, ImageSet, ImageSet]:
-    "(train, validation, test) of the three `sizes`, disjoint, by `seed`. Raises `InputError` if the set has fewer images."
+    """(train, validation, test) of the three `sizes`, disjoint, by `seed`. Where the set has an official test split, test
+    images come from it and the others do not. Raises `InputError` if the set has fewer images."""
     train, validation, test = (number(f"{n}_size", s, int, low=1) for n, s in zip(("train", "validation", "test"), sizes, strict=True))
     if train + validation + test > len(image_set): raise InputError(
         f"a split of {train} + {validation} + {test} = {train + validation + test} images is larger than {image_set.name} with {len(image_set)}: choose smaller sizes")
     order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))
+    if image_set.held_out is not None:     # those of the test split, then the others, each in the order of the permutation
+        official, free = order[image_set.held_out[order]], order[~image_set.held_out[order]]
+        if test > len(official) or train + validation > len(free): raise InputError(
+            f"{test} test images and {train} + {validation} others, but the official test split of {image_set.name} has "
+            f"{len(official)} images, and {len(free)} are not in it: choose smaller sizes")
+        order = torch.cat([official[:test], free])
     ends = test, test + validation, test + validation + train
     return tuple(image_set.subset(order[a:b]) for a, b in ((ends[1], ends[2]), (ends[0], ends[1]), (0, ends[0])))

@@ -12,7 +12,8 @@ from IPython.display import HTML
 from torch import Tensor
 from . import attacks, extras, metrics
 from .data import ImageSet
-from .runs import Run, rounded
+from .parameters import Run
+from .runs import rounded
 
 # %% ../nbs/32_evaluation.ipynb #bdcd9788
 METRICS = {   # name: (what it is, range, which way is better)

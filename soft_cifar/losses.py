@@ -7,8 +7,8 @@ __all__ = ['OBJECTIVES', 'soft_cross_entropy', 'distillation', 'reverse_cross_en
            'symmetric_ce', 'pairwise_confusion', 'parameters_of']
 
 # %% ../nbs/10_losses.ipynb #b34920ec
-import inspect
 import torch
+from .arguments import names, real
 from .checks import InputError, number, one_of, shapes
 
 # %% ../nbs/10_losses.ipynb #19a114f4
@@ -54,12 +54,13 @@ def cross_entropy(criterion, outputs, logits, y):
     "The method's own `criterion` of `outputs` and targets `y`: a scalar. The `logits` are not looked at, and may be None."
     return criterion(outputs, y)
 
-def symmetric_ce(criterion, outputs, logits, y, sce_alpha:float=.1, sce_beta:float=1.):
+def symmetric_ce(criterion, outputs, logits, y, sce_alpha:real("weight of the cross-entropy", low=0)=.1,
+                 sce_beta:real("weight of the reverse one", low=0)=1.):
     """`sce_alpha` times `criterion` plus `sce_beta` times the reverse cross-entropy of the answer, from its `logits` [B,K]
     (Wang et al. 2019, eq. 7, with their weights for CIFAR-10)."""
     return sce_alpha * criterion(outputs, y) + sce_beta * reverse_cross_entropy(logits, y)
 
-def pairwise_confusion(criterion, outputs, logits, y, confusion:float=.1):
+def pairwise_confusion(criterion, outputs, logits, y, confusion:real("weight of the confusion", low=0)=.1):
     "`criterion` plus `confusion` times the confusion of pairs of the answer, from its `logits` [B,K] (Dubey et al. 2018, eq. 4)."
     return criterion(outputs, y) + confusion * confusion_of_pairs(logits, y)
 
@@ -67,4 +68,4 @@ OBJECTIVES = dict(cross_entropy=cross_entropy, symmetric_ce=symmetric_ce, pairwi
 
 def parameters_of(name:str) -> list[str]:
     "The names that the objective `name` takes beside criterion, outputs, logits and targets. Raises `InputError` for an unknown one."
-    return list(inspect.signature(OBJECTIVES[one_of("loss", name, OBJECTIVES)]).parameters)[4:]
+    return names(OBJECTIVES[one_of("loss", name, OBJECTIVES)])[4:]

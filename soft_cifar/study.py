@@ -22,7 +22,7 @@ from nbclient.exceptions import DeadKernelError
 from tqdm import tqdm
 from . import data, runs
 from .checks import DataError, InputError, StudyError, boolean, brief, number, one_of, project_path, shown
-from .runs import Run
+from .parameters import Run
 
 # %% ../nbs/41_study.ipynb #33af245a
 KEYS = dict(shared=dict, models=dict, labels=list, mixes=list, seeds=list, reuse=list)   # of a study file, with what each holds

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
-from . import augment, labels as label_sources, losses, models, runs
+from . import augment, labels as label_sources, losses, models, parameters, runs
 from .checks import DataError, StudyError, shown
 from .data import ImageSet
-from .runs import Run
+from .parameters import Run, digest
 
 # %% ../nbs/31_training.ipynb #cd54e511
 def learning_rate(run:Run, epoch:int, step:int, steps:int) -> float:
@@ -163,15 +163,17 @@ def identity(run:Run, train:ImageSet) -> dict:
 def code() -> str:
     "sha256 of the modules that have a part in the numbers of a training run."
     package = Path(runs.__file__).parent
-    files = [*(package / f"{name}.py" for name in ("augment", "data", "losses", "oracle", "training")), *package.glob("labels/*.py"), *package.glob("models/*.py")]
-    return runs.digest(b"".join(file.read_bytes() for file in sorted(files)))
+    names = "augment", "backbone", "classifier", "data", "losses", "oracle", "training"
+    packages = "backbones", "labels", "models"
+    files = [package / f"{name}.py" for name in names] + [file for name in packages for file in package.glob(f"{name}/*.py")]
+    return digest(b"".join(file.read_bytes() for file in sorted(files)))
 
 def write_checkpoint(path:Path, state:dict) -> None:
     "Write `state` to `path`, atomically, after its sha256. Raises `DataError` where it cannot be written; what was there before stays, and nothing else."
     content = runs.as_bytes(state)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(runs.digest(content).encode() + content)
+        temporary.write_bytes(digest(content).encode() + content)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
@@ -182,7 +184,7 @@ def read_checkpoint(path:Path, wanted:dict, device) -> dict|None:
     "The state saved at `path` if it is whole and its identity is `wanted`, else None."
     try: content = path.read_bytes()
     except FileNotFoundError: return None
-    if content[:64] != runs.digest(content[64:]).encode(): print("the checkpoint is damaged: starting over"); return None
+    if content[:64] != digest(content[64:]).encode(): print("the checkpoint is damaged: starting over"); return None
     state = torch.load(io.BytesIO(content[64:]), map_location=device, weights_only=True)
     if state.get("identity") == wanted: return state
     print("the checkpoint belongs to other parameters, data or code: starting over"); return None
@@ -259,19 +261,20 @@ def fit(
     return history
 
 # %% ../nbs/31_training.ipynb #f242e767
-def plan(run:Run) -> str:
-    "One sentence: what `run` will do, on what, and how long its training takes, from the fastest of three steps of each kind, measured now."
+def plan(run:Run, train:ImageSet) -> str:
+    "One sentence: what `run` will do with `train`, on what, and how long that takes, from the fastest of three steps of each kind, measured now."
     keep_freed_memory()     # as `fit` does: without, a step may take twice as long
-    device, steps = run.on, math.ceil(run.train_size / run.batch_size)
-    classifier, g = models.create(run.method, 0, **run.model), torch.Generator(device).manual_seed(0)
+    device, steps = run.on, math.ceil(len(train) / run.batch_size)
+    classifier, g = models.for_data(run.method, train, **run.model), torch.Generator(device).manual_seed(0)
+    pixels = train.first(min(run.batch_size, len(train))).pixels(device)
+    targets = torch.full((len(pixels), len(train.classes)), 1 / len(train.classes), device=device)
     classifier.to(device, memory_format=classifier.memory_format)
     classifier.network.bfloat16 = run.computes_in == "bfloat16"
     optimiser, times = sgd(classifier, run), {turn: [] for turn in range(classifier.period)}
     for step in range(4 * classifier.period):
         start = time.perf_counter()
         classifier.turn = step % classifier.period
-        x = torch.rand(min(run.batch_size, run.train_size), 3, 32, 32, device=device, generator=g)
-        loss = classifier.loss(augment.augment(x, g) if run.augment else x, torch.full((len(x), 10), .1, device=device))
+        loss = classifier.loss(augment.augment(pixels, g) if run.augment else pixels, targets)
         loss.backward()
         optimiser.step()
         loss.item()

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from soft_cifar import data, models, runs, study, training
 from soft_cifar.checks import StudyError
-from soft_cifar.runs import Run
+from soft_cifar.parameters import Run
 
 STUDY = """
 shared: {preset: demo, depth: 8, epochs: 5, warmup: 0, milestones: [4], train_size: 300, validation_size: 50, test_size: 100, ood_size: 50}

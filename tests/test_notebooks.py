@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from soft_cifar.runs import Run
+from soft_cifar.parameters import Run, parameters_cell
 
 LESSONS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb") if path.stem[:2].isdigit() or path.stem == "index")
 
@@ -66,12 +66,12 @@ def test_leaves_no_diff(copy, command):
 
 
 def test_parameters_cell_is_run():
-    """The parameters cell of train.ipynb is tagged (papermill would silently train the defaults) and names the fields of
-    Run, with their defaults."""
+    """The parameters cell of train.ipynb is tagged (papermill would silently train the defaults), is the one that is
+    written from the declarations, and names the fields of Run, with their defaults."""
     [cell] = source(ROOT / "nbs" / "train.ipynb", "parameters")
-    named = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
+    assert cell == parameters_cell(), "run `make notebooks` and commit"
+    named = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
     assert named == {field.name: field.default for field in fields(Run)}
-    assert list(named) == [field.name for field in fields(Run)]
 
 
 def test_outputs_are_clean_and_nothing_is_skipped():
@@ -100,3 +100,6 @@ def test_imports_point_down():
             names = [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
             for target in [node.module] if node.module in floor else names:
                 assert floor[target] < floor[module_of[path.stem]], f"{path.stem} imports {target}, which is not below it"
+        for package in re.findall(r'modules_of\("(\S+)"\)', "\n".join(source(path))):     # what it finds, it imports
+            for target in (module for module in floor if module.startswith(f"{package}.")):
+                assert floor[target] < floor[module_of[path.stem]], f"{path.stem} finds {target}, which is not below it"

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from soft_cifar import metrics, study
 from soft_cifar.checks import InputError, StudyError, brief, number, one_of
-from soft_cifar.runs import Run
+from soft_cifar.parameters import Run
 
 quick = settings(max_examples=100, deadline=None, derandomize=False, database=None)
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 from soft_cifar import data, evaluation, models, runs, study, training
 from soft_cifar.checks import StudyError, error_of
-from soft_cifar.runs import Run
+from soft_cifar.parameters import Run
 
 STUDY = """
 shared: {preset: demo, depth: 8, epochs: 1, schedule: one_cycle, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}

@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..arguments import checked, real
 from ..checks import number
 from ..data import ImageSet
-from . import Sampled, Table, hard, smooth
+from .static import BASE, Sampled, Table, one_label, smooth
 
 # %% ../../nbs/05_online.ipynb #08eee17e
 class Adaptive(Table):
@@ -35,32 +36,39 @@ class Bootstrap(Adaptive):
     "Labels mixed with the network's own answer: its distribution, or its first choice if `decided`."
     def __init__(self, table:Tensor, beta:float, decided:bool):
         super().__init__(table)
-        self.beta, self.decided = number("beta", beta, low=0, high=1), decided
+        self.beta, self.decided = beta, decided
 
     def adapt(self, y:Tensor, x:Tensor, log_probs:Tensor) -> Tensor:
         own = F.one_hot(log_probs.argmax(1), y.shape[1]).to(y) if self.decided else log_probs.exp()
         return torch.lerp(own, y, self.beta)
 
-def bootstrap_soft(image_set:ImageSet, beta:float=.95) -> Bootstrap:
-    "`beta` of the majority label and the rest of the network's distribution (Reed et al. 2015, eq. 6). Raises `InputError` for beta outside [0,1]."
-    return Bootstrap(hard(image_set).table, beta, decided=False)
+@checked
+def bootstrap_soft(image_set:ImageSet, beta:real("weight of the label", low=0, high=1)=.95, base:BASE="majority") -> Bootstrap:
+    """`beta` of the `base` label and the rest of the network's distribution (Reed et al. 2015, eq. 6). Raises `InputError`
+    for beta outside [0,1]."""
+    return Bootstrap(one_label(image_set, base), beta, decided=False)
 
-def bootstrap_hard(image_set:ImageSet, beta:float=.8) -> Bootstrap:
-    "`beta` of the majority label and the rest for the network's first choice (Reed et al. 2015, eq. 7). Raises `InputError` for beta outside [0,1]."
-    return Bootstrap(hard(image_set).table, beta, decided=True)
+@checked
+def bootstrap_hard(image_set:ImageSet, beta:real("weight of the label", low=0, high=1)=.8, base:BASE="majority") -> Bootstrap:
+    """`beta` of the `base` label and the rest for the network's first choice (Reed et al. 2015, eq. 7). Raises `InputError`
+    for beta outside [0,1]."""
+    return Bootstrap(one_label(image_set, base), beta, decided=True)
 
 # %% ../../nbs/05_online.ipynb #fdf61f9d
-def disturb(image_set:ImageSet, disturb_rate:float=.1) -> Sampled:
-    "The majority label, with probability `disturb_rate` redrawn uniformly each epoch (Xie et al. 2016). Raises `InputError` for a rate outside [0,1]."
-    return Sampled(smooth(image_set, number("disturb_rate", disturb_rate, low=0, high=1)).table)
+@checked
+def disturb(image_set:ImageSet, disturb_rate:real("probability that a label is redrawn", low=0, high=1)=.1,
+            base:BASE="majority") -> Sampled:
+    """The `base` label, with probability `disturb_rate` redrawn uniformly each epoch (Xie et al. 2016). Raises `InputError`
+    for a rate outside [0,1]."""
+    return Sampled(smooth(image_set, disturb_rate, base).table)
 
 # %% ../../nbs/05_online.ipynb #afcac0a8
 class OnlineSmoothing(Adaptive):
-    "Labels softened by the mean answers to each class, renewed every `period` epochs. Raises `InputError` for alpha outside [0,1], period <= 0."
+    "Labels softened by the mean answers to each class, renewed every `period` epochs."
     def __init__(self, table:Tensor, alpha:float, period:float):
         super().__init__(table)
-        self.alpha, K = number("ols_alpha", alpha, low=0, high=1), table.shape[1]
-        self.after = number("ols_period", period, low=0, open_low=True) * len(table)   # images
+        self.alpha, K = alpha, table.shape[1]
+        self.after = period * len(table)   # images
         self.register_buffer("S", torch.full((K, K), 1 / K))      # row y: the soft label of class y
         self.register_buffer("sums", torch.zeros(K, K))           # of this period's answers
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
@@ -85,10 +93,13 @@ class OnlineSmoothing(Adaptive):
         self.S.copy_(torch.where(due, renewed, self.S))
         self.sums *= ~due; self.seen *= ~due
 
-def ols(image_set:ImageSet, ols_alpha:float=.5, ols_period:float=1.) -> OnlineSmoothing:
-    """Online label smoothing of the majority label (Zhang et al. 2021, eq. 3-6): `ols_alpha` of the label, the rest of its class's mean answer in the last
-    `ols_period` epochs. Raises `InputError` for alpha outside [0,1] or a period <= 0."""
-    return OnlineSmoothing(hard(image_set).table, ols_alpha, ols_period)
+@checked
+def ols(image_set:ImageSet, ols_alpha:real("weight of the label", low=0, high=1)=.5,
+        ols_period:real("epochs after which the soft labels are renewed", low=0, open_low=True)=1.,
+        base:BASE="majority") -> OnlineSmoothing:
+    """Online label smoothing of the `base` label (Zhang et al. 2021, eq. 3-6): `ols_alpha` of the label, the rest of its
+    class's mean answer in the last `ols_period` epochs. Raises `InputError` for alpha outside [0,1] or a period <= 0."""
+    return OnlineSmoothing(one_label(image_set, base), ols_alpha, ols_period)
 
 # %% ../../nbs/05_online.ipynb #e18f3d50
 def noisy(image_set:ImageSet, noise:float, seed:int) -> ImageSet:

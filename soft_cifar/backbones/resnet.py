@@ -8,6 +8,8 @@ __all__ = ['conv_bn', 'Block', 'ResNet']
 # %% ../../nbs/20_resnet.ipynb #94ac1ca3
 import torch
 from torch import Tensor, nn
+from ..arguments import checked, whole
+from ..backbone import Backbone
 from ..checks import InputError
 
 # %% ../../nbs/20_resnet.ipynb #6ff55991
@@ -26,29 +28,21 @@ class Block(nn.Module):
     def forward(self, x): return self.last(self.second(self.middle(self.first(x))) + self.shortcut(x))
 
 # %% ../../nbs/20_resnet.ipynb #f3687a30
-class ResNet(nn.Module):
-    """ResNet for 32x32 images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless depth = 6n + 2.
-    While the attribute `bfloat16` is set, the feature maps are in bfloat16; weights, statistics of the normalisation and everything after the last map stay in float32."""
-    def __init__(self,
-        depth:int=20,    # 8, 14, 20, 32, 44, 56, 98, 110, ...
-        classes:int=10,
-    ):
+class ResNet(Backbone):
+    """ResNet for small images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless
+    depth = 6n + 2."""
+    @checked
+    def __init__(self, depth:whole("layers of the ResNet, 6n + 2", 8)=20, classes:int=10):
         super().__init__()
-        self.bfloat16 = False
-        if depth < 8 or (depth - 2) % 6: raise InputError(f"depth={depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, 32, 44, 56, 98 or 110, say")
-        n, width = (depth - 2) // 6, 16
+        if (depth - 2) % 6: raise InputError(
+            f"depth={depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, 32, 44, 56, 98 or 110, say")
+        blocks, width = (depth - 2) // 6, 16
         layers = [conv_bn(3, width, 3), nn.ReLU(inplace=True)]
         for stage in range(3):
-            for block in range(n):
+            for block in range(blocks):
                 outputs, stride = 16 * 2**stage, 2 if stage and not block else 1
-                layers.append(Block(width, outputs, stride)); width = outputs
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, classes)
+                layers.append(Block(width, outputs, stride))
+                width = outputs
+        self.body, self.head, self.num_features = nn.Sequential(*layers), nn.Linear(width, classes), width
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    def features(self, x:Tensor) -> Tensor:
-        "The average of the last feature map, [B,64], for normalised images [B,3,H,W]."
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16): maps = self.body(x)
-        return maps.float().mean((2, 3))
-
-    def forward(self, x:Tensor) -> Tensor: return self.head(self.features(x))

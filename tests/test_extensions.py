@@ -1,0 +1,132 @@
+"""A new method, label source, network or data set is one file: each is added to a copy of the project, and a run uses them all."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from soft_cifar import runs
+from soft_cifar.data import ImageSet, write_archive
+
+METHOD = '''
+import torch, torch.nn.functional as F
+from torch import Tensor
+from soft_cifar.arguments import checked, real, whole
+from soft_cifar.classifier import Classifier
+
+class Evidential(Classifier):
+    "Evidence for a Dirichlet distribution (Sensoy et al. 2018)."
+    @checked
+    def __init__(self, network, strength:real("weight of the pull towards no evidence", low=0)=.1,
+                 annealing:whole("epochs until it pulls in full", 1)=10, **others):
+        super().__init__(network, **others)
+        self.strength, self.annealing = strength, annealing
+        self.register_buffer("pull", torch.zeros(()))
+
+    def start_epoch(self, epoch:int=0) -> None: self.pull.fill_(self.strength * min(1, (epoch + 1) / self.annealing))
+    def alpha(self, outputs): return 1 + F.softplus(outputs)
+
+    def criterion(self, outputs, y):
+        alpha = self.alpha(outputs)
+        return (y * (alpha.sum(1, keepdim=True).digamma() - alpha.digamma())).sum(1).mean()
+
+    def regulariser(self, outputs): return self.pull * self.alpha(outputs).log().sum(1).mean()
+
+    def answer(self, outputs):
+        alpha = self.alpha(outputs)
+        return (alpha / alpha.sum(1, keepdim=True)).log()
+
+    def predict(self, x):
+        outputs = self(x)
+        alpha = self.alpha(outputs)
+        return self.answer(outputs), dict(max_logit=-alpha.amax(1), vacuity=alpha.shape[1] / alpha.sum(1))
+'''
+
+SOURCE = '''
+import torch
+from soft_cifar.arguments import checked, whole
+from soft_cifar.data import ImageSet
+from soft_cifar.labels.static import Table
+
+@checked
+def one_confusion(image_set:ImageSet, rounds:whole("of expectation and maximisation", 1)=5) -> Table:
+    "What votes say of the class if all voters share one confusion matrix (Dawid & Skene 1979, with one annotator)."
+    belief = image_set.probs
+    for _ in range(rounds):
+        confusion = belief.T @ image_set.counts.double() + .01
+        confusion = confusion / confusion.sum(1, keepdim=True)
+        belief = (image_set.counts.double() @ confusion.log().T + belief.mean(0).log()).softmax(1)
+    return Table(belief)
+'''
+
+NETWORK = '''
+import torch
+from torch import nn
+from soft_cifar.arguments import checked, whole
+from soft_cifar.backbone import Backbone
+
+class VGG(Backbone):
+    "Two blocks of a VGG (Simonyan & Zisserman 2015)."
+    @checked
+    def __init__(self, width:whole("channels of the first block", 1)=8, classes:int=10):
+        super().__init__()
+        def block(inputs, outputs): return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*block(3, width), *block(width, 2 * width))
+        self.head, self.num_features = nn.Linear(2 * width, classes), 2 * width
+'''
+
+
+def notebook(module, code):
+    cells = [f"#| default_exp {module}", f"#| export{code}"]
+    cells = [dict(cell_type="code", id=str(i), metadata={}, execution_count=None, outputs=[], source=s.splitlines(keepends=True)) for i, s in enumerate(cells)]
+    return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    "A copy of the project with one notebook more for each extension, exported, and its parameters cell written anew."
+    place = tmp_path_factory.mktemp("extended")
+    wanted = "settings.ini", "pyproject.toml", "nbs", "soft_cifar"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", *wanted], cwd=ROOT, capture_output=True, text=True, check=True)
+    for file in files.stdout.split():
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_bytes((ROOT / file).read_bytes())
+    for number, module, code in ((26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.vgg", NETWORK)):
+        (place / "nbs" / f"{number:02d}_added.ipynb").write_text(notebook(module, code))
+    subprocess.run([sys.executable.replace("python", "nbdev_export")], cwd=place, check=True)
+    write = "from soft_cifar import parameters; parameters.write_parameters_cell()"
+    subprocess.run([sys.executable, "-c", write], cwd=place, check=True)
+    return place
+
+
+def test_each_is_one_file(extended):
+    "Nothing else in the copy differs from the project but the index of the module and the parameters cell."
+    def content(root): return {p.relative_to(root): p.read_bytes() for folder in ("nbs", "soft_cifar") for p in (root / folder).rglob("*") if p.suffix in (".py", ".ipynb")}
+    before, after = content(ROOT), content(extended)
+    changed = {str(path) for path in after if before.get(path) != after[path]}
+    added = {"nbs/09_added.ipynb", "nbs/26_added.ipynb", "nbs/27_added.ipynb"}
+    made = {"soft_cifar/models/evidential.py", "soft_cifar/labels/confusion.py", "soft_cifar/backbones/vgg.py", "soft_cifar/_modidx.py"}
+    assert changed == added | made | {"nbs/train.ipynb"}, changed
+    cell = (extended / "nbs" / "train.ipynb").read_text()
+    assert "of evidential: epochs until it pulls in full" in cell and "of vgg: channels of the first block" in cell
+
+
+def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
+    "An archive of four classes at 64 x 64, the new method with its parameters, the new source and the new network."
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (120, 64, 64, 3), generator=g).to(torch.uint8)
+    labels, counts = torch.randint(4, (120,), generator=g), torch.randint(1, 9, (120, 4), generator=g)
+    write_archive(ImageSet("four", images, labels, counts, "made up", tuple("abcd")), extended / "data")
+    parameters = dict(preset="demo", data="four", ood="oracle_ood", method="evidential", strength=.2, annealing=2, labels="one_confusion",
+                      rounds=3, backbone="vgg", width=4, epochs=2, schedule="one_cycle", train_size=60, validation_size=20, test_size=40, ood_size=40)
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", "out.ipynb", *words]
+    done = subprocess.run(command, cwd=extended, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [folder] = (extended / "runs").glob("*/*/seed-0")
+    record, predictions, history = runs.load(folder)
+    assert record["data"]["four"]["classes"] == 4 and record["data"]["four"]["size"] == [64, 64]
+    assert predictions["log_probs"].shape == (40, 4) and "score_vacuity" in predictions and len(history) == 2
+    assert {"annealing=2", "rounds=3", "width=4"} <= set(folder.parent.name.split("_")), folder.parent.name
