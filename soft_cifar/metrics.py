@@ -56,7 +56,7 @@ def check_distributions(probs:Tensor) -> None:
     shapes(probs=(probs, "NK"))
     least = probs.min().item()
     if not least >= 0: raise InputError(f"probs hold {least:.4g}, expected probabilities >= 0")
-    check_sums("probs", probs.double().sum(1), "divide votes by their sum, counts / counts.sum(1, keepdim=True)")
+    check_sums("probs", probs.double().sum(1), "divide votes by their sum, metrics.shares(counts)")
 
 def distribution(targets:Tensor, classes:int) -> Tensor:
     """`targets` as float64 [N,K]: class indices [N] become one-hot rows, distributions [N,K] stay.

@@ -262,25 +262,27 @@ def forest(differences) -> Figure:
     `tables.soft_minus_hard` or `tables.against_hard`; the pooled row, if there is one, last. A thick line behind an
     interval is that for a new pool of images; a grey band the differences that do not matter. Shaded is the side that
     is better; none where neither is. Raises `InputError` for a metric that is not registered."""
-    names, rows = list(differences.metric.unique()), list(dict.fromkeys(differences.configuration))
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)     # rounded up
+    shown = [lookup(name) for name in differences.metric.unique()]
+    rows = list(dict.fromkeys(differences.configuration))
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)     # rounded up
     size = (2.4 * columns, .6 + lines * (.6 + .22 * len(rows)))
     fig, axes = plt.subplots(lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False)
     fig.get_layout_engine().set(wspace=.08)
-    for ax in axes.flat[len(names):]: ax.axis("off")
-    for ax, name in zip(axes.flat, names):
-        forest_panel(ax, name, differences[differences.metric == name].set_index("configuration").reindex(rows))
-    pooled, last = differences[differences.configuration == "pooled"], differences[differences.metric == names[-1]]
+    for ax in axes.flat[len(shown):]: ax.axis("off")
+    for ax, metric in zip(axes.flat, shown):
+        part = differences[differences.metric == metric.name]
+        forest_panel(ax, metric, part.set_index("configuration").reindex(rows))
+    pooled = differences[differences.configuration == "pooled"]
     if len(pooled): title, meaning = verdict_title(pooled), "soft minus hard (green: soft is better)"
-    else: title, meaning = better_title(last, names[-1]), "minus hard labels (green: better than they)"
+    else: title, meaning = better_title(part, metric.name), "minus hard labels (green: better than they)"
     fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
     fig.supxlabel(meaning, fontsize=9)
     return fig
 
-def forest_panel(ax, name:str, part) -> None:
-    "A panel of `forest`: the rows `part` of the metric `name`, indexed by configuration."
-    metric, smallest = lookup(name), part.smallest.max()
+def forest_panel(ax, metric:metrics.Metric, part) -> None:
+    "A panel of `forest`: the rows `part` of `metric`, indexed by configuration."
+    smallest = part.smallest.max()
     for y, (row, d) in enumerate(part.iterrows()):
         color, marker = ("black", "D") if row == "pooled" else (HUMAN, "o")
         ax.plot([d.pool_low, d.pool_high], [y, y], color="#bbb", lw=5, solid_capstyle="butt")

@@ -123,17 +123,23 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     shapes(log_probs=(kept["log_probs"], "NK", "floating"), labels=(kept["labels"], "N", "whole"),
            **{name: (kept[name], "NK") for name in ("counts", "fgsm_log_probs") if name in kept})
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
-    (confidence, predicted), p_true = log_probs.exp().max(1), log_probs.gather(1, labels[:, None])[:, 0].exp()
-    right = predicted == labels
+    confidence, predicted = log_probs.exp().max(1)
+    true_log_prob, right = log_probs.gather(1, labels[:, None])[:, 0], predicted == labels
+    one_hot = metrics.distribution(labels, log_probs.shape[1])
     values = dict(
-        accuracy=right.double(), nll=-log_probs.gather(1, labels[:, None])[:, 0],
-        brier=(log_probs.exp() - metrics.distribution(labels, log_probs.shape[1])).square().sum(1),
-        ece_10=calibration_values(confidence, right, 10), ece_true_class=calibration_values(p_true, right, 10))
+        accuracy=right.double(),
+        nll=-true_log_prob,
+        brier=(log_probs.exp() - one_hot).square().sum(1),
+        ece_10=calibration_values(confidence, right, 10),
+        ece_true_class=calibration_values(true_log_prob.exp(), right, 10))
     if "counts" in kept:
         people = metrics.shares(kept["counts"])
         values["kl_humans"] = (torch.xlogy(people, people) - people * log_probs).sum(1)
-        values["ece_votes"] = calibration_values(confidence, people.gather(1, predicted[:, None])[:, 0], 15)
-    if "fgsm_log_probs" in kept: values["fgsm_drop"] = (right & (kept["fgsm_log_probs"].argmax(1) != labels)).double()
+        agreed = people.gather(1, predicted[:, None])[:, 0]
+        values["ece_votes"] = calibration_values(confidence, agreed, 15)
+    if "fgsm_log_probs" in kept:
+        lost = right & (kept["fgsm_log_probs"].argmax(1) != labels)
+        values["fgsm_drop"] = lost.double()
     parts = {name: dict(index=x) for name, x in values.items()}
     if "score_max_logit" in kept:
         x, ood_x = auroc_values(kept["score_max_logit"], kept["ood_score_max_logit"])

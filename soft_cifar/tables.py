@@ -260,8 +260,8 @@ def readable(differences:pd.DataFrame) -> list[list[str]]:
     "The pooled rows of `soft_minus_hard` as rows of text, the header first."
     def interval(low, high): return "" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
     def value(x, digits="{:.4f}"): return "" if math.isnan(x) else digits.format(x)
-    rows = [["", "soft − hard", "95% interval", "for a new pool", "p", "p, Holm", "seeds", "matters from", "seen from",
-             "soft labels are"]]
+    rows = [["", "soft − hard", "95% interval", "for a new pool", "p", "p, Holm", "seeds",
+             "matters from", "seen from", "soft labels are"]]
     for row in differences[differences.configuration == "pooled"].itertuples():
         rows.append([
             lookup(row.metric).label, f"{row.estimate:+.4f}", interval(row.low, row.high),
