@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'MODELS', 'MIXED', 'MIXES', 'CLAIMS', 'published', 'Claim', 'average', 'each',
            'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results', 'by_image', 'results',
-           'values_of', 'from_seeds', 'image_parts', 'from_runs', 'for_new_pool', 'evidence', 'decide', 'named',
-           'cells_with', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study']
+           'values_of', 'from_seeds', 'image_parts', 'image_parts_of_seed', 'from_runs', 'for_new_pool', 'evidence',
+           'decide', 'named', 'cells_with', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study']
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
 import math
@@ -166,7 +166,8 @@ def from_means(table:pd.DataFrame, metric:str, contrasts) -> Difference|None:
     """The mean over `contrasts` of `metric` in a table as `published` gives it. None where it lacks a cell or the
     metric."""
     weights = weights_of(contrasts)
-    if not weights or metric not in table or not all(cell in table.index for cell in weights): return None
+    if not weights or metric not in table: return None
+    if not all(cell in table.index for cell in weights): return None
     rows, w = table.loc[list(weights)], np.array(list(weights.values()))
     error = math.sqrt((w**2 * rows[f"{metric}_spread"]**2 / (rows.seeds - 1)).sum())
     n = int(rows.seeds.min())
@@ -222,17 +223,25 @@ def image_parts(results:Results, metric:str, contrasts) -> list|None:
     """The mean over `contrasts` of `metric` image by image, as `stats.crossed` takes it. None where predictions lack,
     or the cells of a seed, or its seeds, were tested on other numbers of images."""
     weights = weights_of(contrasts)
-    rows = []
-    for seed in from_seeds(results, metric, contrasts).index:
-        parts = [results.by_image.get((*cell, seed), {}).get(metric) for cell in weights]
-        if any(part is None for part in parts): return None
-        sets = list(zip(*parts))     # a set of images at a time, all cells
-        if any(not np.array_equal(index, cells[0][1]) for cells in sets for _, index in cells): return None
-        def mean(cells): return sum(w * values for w, (values, _) in zip(weights.values(), cells))
-        rows.append([(mean(cells), cells[0][1]) for cells in sets])
-    if len({tuple(len(index) for _, index in row) for row in rows}) != 1: return None
-    def stacked(part): return np.stack([values for values, _ in part]), np.stack([index for _, index in part])
-    return [stacked(part) for part in zip(*rows)]
+    seeds = from_seeds(results, metric, contrasts).index
+    rows = [image_parts_of_seed(results, metric, weights, seed) for seed in seeds]
+    if any(row is None for row in rows): return None
+    sizes = {tuple(len(index) for _, index in row) for row in rows}
+    if len(sizes) != 1: return None
+    return [tuple(map(np.stack, zip(*part))) for part in zip(*rows)]     # a set of images at a time, all seeds
+
+def image_parts_of_seed(results:Results, metric:str, weights:dict, seed:int) -> list|None:
+    """For each set of images of a seed: (the weighted mean of its cells [m], index [m]). None where predictions lack,
+    or cells were tested on different images."""
+    parts = [results.by_image.get((*cell, seed), {}).get(metric) for cell in weights]
+    if any(part is None for part in parts): return None
+    row = []
+    for cells in zip(*parts):     # a set of images at a time, all cells
+        index = cells[0][1]
+        if any(not np.array_equal(other, index) for _, other in cells): return None
+        mean = sum(w * values for w, (values, _) in zip(weights.values(), cells))
+        row.append((mean, index))
+    return row
 
 def from_runs(results:Results, metric:str, contrasts) -> Difference|None:
     """The mean over `contrasts` of `metric` for other seeds and other test images, over the seeds that have every
@@ -244,15 +253,16 @@ def from_runs(results:Results, metric:str, contrasts) -> Difference|None:
 def for_new_pool(results:Results, metric:str, contrasts) -> Difference|None:
     "As `from_runs`, for a new pool of images (Nadeau and Bengio 2003). None where sizes are not known."
     d = from_seeds(results, metric, contrasts)
-    return nadeau_bengio(d, 0 * d, results.share, 1) if len(d) and not math.isnan(results.share) else None
+    if not len(d) or math.isnan(results.share): return None
+    return nadeau_bengio(d, 0 * d, results.share, 1)
 
 # %% ../nbs/52_claims.ipynb #b10584d4
 def evidence(differences:list[Difference], sign:int, smallest:float=math.nan) -> tuple[np.ndarray, np.ndarray]:
     """For each group [G] the p that it supports the claim, and the p that it refutes it. The claim has the largest of
     the first and the smallest of the second."""
-    p, estimates = np.array([d.p for d in differences]), np.array([d.estimate for d in differences])
+    p = np.array([d.p for d in differences])
     if sign == 0: return np.array([equivalence_p(d, smallest) for d in differences]), holm(p)
-    right = estimates * sign > 0
+    right = np.array([d.estimate for d in differences]) * sign > 0
     return np.where(right, p, 1.), np.where(right, 1., holm(p))
 
 # %% ../nbs/52_claims.ipynb #f05073c1
@@ -284,16 +294,18 @@ def untested(claim:Claim, groups) -> dict:
     "The row of a claim before its verdict, with what `groups_in` says."
     n = min((d.n for _, d in groups), default=0)
     verdict = "not testable: one seed" if groups else "not testable: cells or metric missing"
+    there, of = sum(len(group) for group, _ in groups), sum(map(len, claim.groups))
     return dict(
-        claim=claim.name, metric=claim.metric, kind=claim.kind, compared=sum(len(group) for group, _ in groups),
-        of=sum(map(len, claim.groups)), smallest=lookup(claim.metric).smallest, estimate=math.nan, low=math.nan,
-        high=math.nan, n=n, p=math.nan, verdict=verdict, decisive="", detectable=math.nan)
+        claim=claim.name, metric=claim.metric, kind=claim.kind, compared=there, of=of,
+        smallest=lookup(claim.metric).smallest, estimate=math.nan, low=math.nan, high=math.nan, n=n, p=math.nan,
+        verdict=verdict, decisive="", detectable=math.nan)
 
 def conclusion(groups, support, refute, adjusted:float, smallest:float, alpha:float) -> dict:
     "What becomes of a claim with `evidence` and the `adjusted` p: the entries of its row that depend on these."
     equivalence = np.array([equivalence_p(d, smallest) for _, d in groups])
     verdict = decide(adjusted, support, refute, equivalence)
-    group, d = groups[int(refute.argmin() if verdict == "refuted" else support.argmax())]     # the one that decides
+    decides = refute.argmin() if verdict == "refuted" else support.argmax()
+    group, d = groups[decides]
     return dict(estimate=d.estimate, low=d.low, high=d.high, p=adjusted, verdict=verdict, decisive=named(group),
                 detectable=minimum_detectable(d, alpha))
 
@@ -316,7 +328,8 @@ def verdicts(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
 
 def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:
     "`verdicts` on runs by `from_runs`; one that does not hold for a new pool of images carries `on these images`."
-    rows, new_pool = verdicts(results, from_runs, claims), verdicts(results, for_new_pool, claims)
+    rows = verdicts(results, from_runs, claims)
+    new_pool = verdicts(results, for_new_pool, claims)
     decided = rows.verdict.isin(["supported", "refuted", "no difference that matters"])
     rows.loc[decided & (rows.verdict != new_pool.verdict), "verdict"] += ", on these images"
     return rows
