@@ -67,8 +67,8 @@ def paired_differences(a, b, level:float=.95) -> Difference:
 
 # %% ../nbs/50_stats.ipynb #bf8e5d37
 def shared_covariance(values, index) -> tuple[float, float]:
-    """Mean covariance of two seeds' means that comes from images they share, and its variance over images, from `values`
-    [S,m], a row per seed, on the images `index` [S,m]: a moment estimate, which may fall below 0.
+    """Mean covariance of two seeds' means that comes from images they share, and its variance over images, from
+    `values` [S,m], a row per seed, on the images `index` [S,m]: a moment estimate, which may fall below 0.
     Raises `InputError` for values and indices of different shapes, and for fewer than two seeds or images."""
     if np.ndim(values) != 2 or np.shape(values) != np.shape(index) or min(np.shape(values)) < 2: raise InputError(
         f"values of shape {np.shape(values)} on images of shape {np.shape(index)}, expected [seeds, images] for both, "
@@ -88,7 +88,8 @@ def crossed(parts, level:float=.95) -> Difference:
     Raises `InputError` for values and indices of different shapes."""
     for values, index in parts:
         if np.ndim(values) != 2 or np.shape(values) != np.shape(index): raise InputError(
-            f"values of shape {np.shape(values)} on images of shape {np.shape(index)}, expected [seeds, images] for both")
+            f"values of shape {np.shape(values)} on images of shape {np.shape(index)}, "
+            "expected [seeds, images] for both")
     d = np.asarray(parts[0][0], float).mean(1)
     if len(d) < 2: return paired_differences(d, 0 * d)
     within = d.var(ddof=1) / len(d)
@@ -122,17 +123,23 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     shapes(log_probs=(kept["log_probs"], "NK", "floating"), labels=(kept["labels"], "N", "whole"),
            **{name: (kept[name], "NK") for name in ("counts", "fgsm_log_probs") if name in kept})
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
-    (confidence, predicted), p_true = log_probs.exp().max(1), log_probs.gather(1, labels[:, None])[:, 0].exp()
-    right = predicted == labels
+    confidence, predicted = log_probs.exp().max(1)
+    true_log_prob, right = log_probs.gather(1, labels[:, None])[:, 0], predicted == labels
+    one_hot = metrics.distribution(labels, log_probs.shape[1])
     values = dict(
-        accuracy=right.double(), nll=-log_probs.gather(1, labels[:, None])[:, 0],
-        brier=(log_probs.exp() - metrics.distribution(labels, log_probs.shape[1])).square().sum(1),
-        ece_10=calibration_values(confidence, right, 10), ece_true_class=calibration_values(p_true, right, 10))
+        accuracy=right.double(),
+        nll=-true_log_prob,
+        brier=(log_probs.exp() - one_hot).square().sum(1),
+        ece_10=calibration_values(confidence, right, 10),
+        ece_true_class=calibration_values(true_log_prob.exp(), right, 10))
     if "counts" in kept:
-        people = kept["counts"].double() / kept["counts"].sum(1, keepdim=True)
+        people = metrics.shares(kept["counts"])
         values["kl_humans"] = (torch.xlogy(people, people) - people * log_probs).sum(1)
-        values["ece_votes"] = calibration_values(confidence, people.gather(1, predicted[:, None])[:, 0], 15)
-    if "fgsm_log_probs" in kept: values["fgsm_drop"] = (right & (kept["fgsm_log_probs"].argmax(1) != labels)).double()
+        agreed = people.gather(1, predicted[:, None])[:, 0]
+        values["ece_votes"] = calibration_values(confidence, agreed, 15)
+    if "fgsm_log_probs" in kept:
+        lost = right & (kept["fgsm_log_probs"].argmax(1) != labels)
+        values["fgsm_drop"] = lost.double()
     parts = {name: dict(index=x) for name, x in values.items()}
     if "score_max_logit" in kept:
         x, ood_x = auroc_values(kept["score_max_logit"], kept["ood_score_max_logit"])
@@ -141,9 +148,9 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 # %% ../nbs/50_stats.ipynb #210ae92d
 def nadeau_bengio(a, b, test:float, train:float, level:float=.95) -> Difference:
-    """Paired test and interval of a - b for a new pool of images, from values of the same seeds `a` [n], `b` [n], each of
-    which tests `test` images of the pool and trains on `train` others; only their ratio counts. Raises `InputError` as
-    `paired`, and for a size <= 0."""
+    """Paired test and interval of a - b for a new pool of images, from values of the same seeds `a` [n], `b` [n], each
+    of which tests `test` images of the pool and trains on `train` others; only their ratio counts. Raises
+    `InputError` as `paired`, and for a size <= 0."""
     number("test", test, low=0, open_low=True)
     number("train", train, low=0, open_low=True)
     d = paired(a, b)
