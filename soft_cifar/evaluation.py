@@ -119,8 +119,9 @@ def scaled_metrics(log_probs:Tensor, labels:Tensor, counts:Tensor|None, temperat
 
 # %% ../nbs/32_evaluation.ipynb #8e674d5b
 def judged_by(image_set:ImageSet, run:Run) -> Tensor:
-    "The labels [N] that `run` judges `image_set` by: gold or majority."
-    return image_set.labels if run.test_labels == "gold" else image_set.majority
+    "The labels [N] that `run` judges `image_set` by: gold or majority; auto is the majority where there are votes."
+    gold = run.test_labels == "gold" or run.test_labels == "auto" and image_set.counts is None
+    return image_set.labels if gold else image_set.majority
 
 @torch.no_grad()
 def features(classifier, pixels:Tensor) -> Tensor:
