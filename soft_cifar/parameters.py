@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'PLACE', 'SECTIONS', 'DECLARING', 'Run', 'text', 'label', 'folders',
            'epochs_list', 'bfloat16_choice', 'companions', 'of', 'Experiment', 'declared', 'taken_by', 'by_preset',
-           'computes_bfloat16', 'buildable', 'digest', 'Checked', 'fields_of', 'parameters_cell',
+           'computes_bfloat16', 'buildable', 'digest', 'Checked', 'fields_of', 'type_of', 'parameters_cell',
            'write_parameters_cell']
 
 # %% ../nbs/39_parameters.ipynb #0337f1ec
@@ -327,21 +327,29 @@ Run = make_dataclass("Run", fields_of(declared()), bases=(Checked,), frozen=True
 Run.__module__, Run.__doc__ = __name__, "Every parameter of one experiment, checked on construction. Raises `InputError`."
 
 # %% ../nbs/39_parameters.ipynb #0a4addc9
+def type_of(argument:Argument) -> str:
+    "The type of `argument` as papermill reads it: it knows no `|`."
+    kinds = [kind for kind in get_args(argument.kind) or [argument.kind] if kind is not type(None)]
+    name = kinds[0].__name__ if len(kinds) == 1 else f"Union[{', '.join(kind.__name__ for kind in kinds)}]"
+    if type(None) in get_args(argument.kind): name = f"Optional[{name}]"
+    return f'"{name}"' if "[" in name else name     # as text: the notebook need not know what Optional is
+
 def parameters_cell() -> str:
     "The source of the parameters cell."
     rows = []
     for name, (argument, _) in declared().items():
         if section := SECTIONS.get(name): rows.append(f"# {section}")
-        kind = getattr(argument.kind, "__name__", "") if isinstance(argument.kind, type) else str(argument.kind)
-        names = f": {', '.join(CHOICES[name][0]())}" if name in CHOICES else ""
-        rows.append((f"{name}: {kind} = {argument.default!r}".replace("'", '"'), argument.meaning + names))
+        names, meaning = ", ".join(CHOICES[name][0]()) if name in CHOICES else "", argument.meaning
+        if 0 < len(names) <= 60: names, meaning = "", f"{meaning}: {names}"     # few enough for the line itself
+        assignment = f"{name}: {type_of(argument)} = {argument.default!r}".replace("'", '"')
+        rows.append((assignment, meaning, textwrap.wrap(names, 90)))
     width = max(len(row[0]) for row in rows if isinstance(row, tuple))
     lines = []
     for row in rows:
         if isinstance(row, str): lines.append(row)
         else:
-            first, *more = textwrap.wrap(row[1], 90)
-            lines += [f"{row[0]:<{width}}  # {first}"] + [f"{'':<{width}}  # {line}" for line in more]
+            assignment, meaning, names = row
+            lines += [f"{assignment:<{width}}  # {meaning}"] + [f"{'':<{width}}  # {line}" for line in names]
     return "\n".join(lines)
 
 def write_parameters_cell(notebook="nbs/train.ipynb") -> None:
