@@ -27,9 +27,9 @@ def differences(one, two):
     "How far the predictions in two run folders are apart, by name; empty where the files are the same byte for byte."
     files = [folder / "predictions.npz" for folder in (one, two)]
     if files[0].read_bytes() == files[1].read_bytes(): return {}
-    kept = [np.load(file) for file in files]
-    assert {*kept[0]} == {*kept[1]}, ({*kept[0]}, {*kept[1]})
-    apart = {name: float(np.abs(kept[0][name].astype(float) - kept[1][name]).max()) for name in kept[0]}
+    first, second = [np.load(file) for file in files]
+    assert {*first} == {*second}, ({*first}, {*second})
+    apart = {name: float(np.abs(first[name].astype(float) - second[name]).max()) for name in first}
     return {name: value for name, value in apart.items() if value} or "the same arrays in other bytes"
 
 
@@ -72,15 +72,15 @@ def wait_for(condition, process, said):
 
 
 def watched(words, said):
-    """(exit status, what it said, the most memory [bytes] that it and its children held together) of the command
-    `words`, which writes to the file `said`."""
+    """(exit status, what it said, the most memory [bytes] that it and its children took together) of the command `words`,
+    which writes to the file `said`."""
     peak = 0
     with started(words, said) as process:
         while process.poll() is None:
-            held = 0
+            now = 0
             for member in family(process):
-                with suppress(psutil.NoSuchProcess): held += member.memory_info().rss     # unless it has just ended
-            peak = max(peak, held)
+                with suppress(psutil.NoSuchProcess): now += member.memory_info().rss     # unless it has just ended
+            peak = max(peak, now)
             time.sleep(.1)
     return process.returncode, said.read_text(), peak
 
@@ -123,8 +123,9 @@ def stopped(place, seed):
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("slowest")
-    calls = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
-    for report in sorted(calls, key=lambda r: -r.duration)[:8]:
+    reports = [report for same in terminalreporter.stats.values() for report in same]
+    calls = [report for report in reports if getattr(report, "when", "") == "call"]
+    for report in sorted(calls, key=lambda report: -report.duration)[:8]:
         terminalreporter.write_line(f"{report.duration:6.1f} s  {report.nodeid}")
 
 
@@ -132,5 +133,6 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_unconfigure(config):
     if hasattr(config, "workerinput"): return     # one of several processes; the one that started them counts
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    count = lambda *kinds: sum(len(reporter.stats.get(kind, [])) for kind in kinds)
-    print(f"\n{count('passed')} passed, {count('failed', 'error')} failed, {count('skipped')} skipped")
+    counts = {kind: len(reporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
+    failed = counts["failed"] + counts["error"]
+    print(f"\n{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped")

@@ -138,7 +138,7 @@ def test_teachers_come_first(tmp_path):
     teacher's weights are gone."""
     file = study_in(tmp_path, SCHOOL)
     done = soft_cifar("study", file, "--jobs", 2)
-    assert done.returncode == 1 and "a teacher of it failed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "one of its teachers failed" in done.stdout, done.stdout + done.stderr
     wanted = study.load(file)
     found = study.status(wanted).set_index("model").state.to_dict()
     assert found == dict(first="done", wild="failed", taught="done", misled="pending")
