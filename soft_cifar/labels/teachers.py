@@ -68,8 +68,8 @@ def single(teachers):
     "`teachers` if there are not several. Raises `InputError`."
     if len(teachers) < 2: return teachers
     raise InputError(
-        f"{len(teachers)} teachers, expected one: for several, labels off_en_ldl or on_en_ldl (the mean) and off_mt_ldl "
-        "or on_mt_ldl (the sum of the losses)")
+        f"{len(teachers)} teachers, expected one: for several, labels off_en_ldl or on_en_ldl (the mean) and "
+        "off_mt_ldl or on_mt_ldl (the sum of the losses)")
 
 def off_ldl(image_set:ImageSet, teachers=()) -> Taught:
     """One teacher's distribution for each training image. Raises `InputError` unless there is one teacher, for the
