@@ -34,11 +34,12 @@ class Wrapped(Backbone):
         self.body, self.head, self.num_features = net, head, head.in_features
 
 def wrap(net:nn.Module, head:str="fc") -> Wrapped:
-    """`net` as a backbone whose head is its last linear layer, the submodule named `head` ("fc", "classifier.6"). The layer
-    is taken out of `net`. Raises `InputError` where there is no linear layer of that name."""
+    """`net` as a backbone whose head is its last linear layer, the submodule named `head` ("fc", "classifier.6").
+    The layer is taken out of `net`. Raises `InputError` where there is no linear layer of that name."""
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     if head not in linear: raise InputError(
-        f"head={brief(head)} is no linear layer of this {type(net).__name__}: expected one of {brief(linear)}, the last one as a rule")
+        f"head={brief(head)} is no linear layer of this {type(net).__name__}: expected one of {brief(linear)}, the "
+        "last one as a rule")
     layer = net.get_submodule(head)
     parent, _, name = head.rpartition(".")
     setattr(net.get_submodule(parent), name, nn.Identity())

@@ -34,7 +34,7 @@ def sums_losses(name:str) -> bool:
     return getattr(sources()[one_of("labels", name, sources())], "sums_losses", False)
 
 def create(name:str, image_set:ImageSet, /, **parameters) -> Table:
-    """The label source `name` over `image_set`. Raises `InputError` for an unknown name or parameter, `DataError` where it
-    needs votes and there are none."""
+    """The label source `name` over `image_set`. Raises `InputError` for an unknown name or parameter, `DataError`
+    where it needs votes and there are none."""
     for parameter in parameters: one_of(f"labels {name!r}: parameter", parameter, parameters_of(name))
     return sources()[one_of("labels", name, sources())](image_set, **parameters)

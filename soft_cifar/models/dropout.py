@@ -52,10 +52,12 @@ class NoisyReLU(nn.Module):
     def forward(self, x): return noisy_relu(x, self.p)
 
 def make_noisy(network:nn.Module, p:float) -> None:
-    """Replace every ReLU of `network` by a `NoisyReLU`, in place. Raises `InputError` where there is none: calls of `F.relu`
-    cannot be replaced."""
-    places = [(module, name) for module in network.modules() for name, child in module.named_children() if isinstance(child, nn.ReLU)]
-    if not places: raise InputError(f"no ReLU module in this {type(network).__name__}, expected nn.ReLU where dropout should act: "
+    """Replace every ReLU of `network` by a `NoisyReLU`, in place. Raises `InputError` where there is none: calls of
+    `F.relu` cannot be replaced."""
+    places = [(module, name) for module in network.modules()
+              for name, child in module.named_children() if isinstance(child, nn.ReLU)]
+    if not places: raise InputError(
+        f"no ReLU module in this {type(network).__name__}, expected nn.ReLU where dropout should act: "
                                     "calls of torch.nn.functional.relu cannot be replaced")
     for module, name in places: setattr(module, name, NoisyReLU(p))
 
@@ -65,14 +67,15 @@ def mean_probs(logits:Tensor) -> Tensor:
     return logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
 
 def mutual_information(logits:Tensor) -> Tensor:
-    "Entropy of the mean minus mean of the entropies over passes `logits` [S,B,K], in nats, [B] (Smith & Gal 2018, eq. 3)."
+    """Entropy of the mean minus mean of the entropies over passes `logits` [S,B,K], in nats, [B] (Smith & Gal 2018,
+    eq. 3)."""
     entropy = lambda log_probs: torch.special.entr(log_probs.exp()).sum(-1)
     return entropy(mean_probs(logits)) - entropy(logits.log_softmax(2)).mean(0)
 
 # %% ../../nbs/22_dropout.ipynb #f3fddf37
 class Dropout(Classifier):
-    """Method `dropout`: a network with dropout after each ReLU, in training and evaluation. Raises `InputError` for parameters
-    out of range, and for a network without ReLU modules."""
+    """Method `dropout`: a network with dropout after each ReLU, in training and evaluation. Raises `InputError` for
+    parameters out of range, and for a network without ReLU modules."""
     @checked
     def __init__(self, network:Backbone,
         dropout:real("probability that an activation is dropped", low=0, high=1, open_high=True)=.1,

@@ -20,7 +20,8 @@ def log_kernel(embedding:Tensor, centroid:Tensor, length_scale:float) -> Tensor:
 
 # %% ../../nbs/24_duq.ipynb #837b7f48
 def kernel_loss(log_k:Tensor, y:Tensor) -> Tensor:
-    "Binary cross-entropy of K against targets `y` [B,K], from `log_k` [B,K], summed over classes: a scalar, nats per image (van Amersfoort et al. 2020, eq. 2)."
+    """Binary cross-entropy of K against targets `y` [B,K], from `log_k` [B,K], summed over classes: a scalar, nats
+    per image (van Amersfoort et al. 2020, eq. 2)."""
     log_not = (-log_k.clamp(max=-1e-6).expm1()).log()
     return -(y * log_k + (1 - y) * log_not).sum(1).mean()
 
@@ -47,7 +48,8 @@ class Centroids(nn.Module):
 
     @torch.no_grad()
     def update(self, features:Tensor, y:Tensor) -> None:
-        "One step of the averages, from `features` [B,F] weighted by targets `y` [B,K] (van Amersfoort et al. 2020, eq. 3-5)."
+        """One step of the averages, from `features` [B,F] weighted by targets `y` [B,K] (van Amersfoort et al. 2020,
+        eq. 3-5)."""
         total, sums = y.sum(0), torch.einsum("kdf,kf->kd", self.weight, y.T @ features)
         self.count.mul_(self.gamma).add_(total, alpha=1 - self.gamma)
         rate = (1 - self.gamma) / self.count.clamp(min=1e-12)
@@ -66,9 +68,9 @@ def gradient_penalty(norm:Tensor, two_sided:bool=True) -> Tensor:
 
 # %% ../../nbs/24_duq.ipynb #c762a1f8
 class DUQ(Classifier):
-    """Method `duq`: a network whose head are `Centroids` (van Amersfoort et al. 2020). `forward` returns log K. Raises
-    `InputError` for parameters out of range. The weight of the penalty is .1 in the published study; the authors' .5 to .75
-    stand beside a mean over classes, 5 to 7.5 here."""
+    """Method `duq`: a network whose head are `Centroids` (van Amersfoort et al. 2020). `forward` returns log K.
+    Raises `InputError` for parameters out of range. The weight of the penalty is .1 in the published study; the
+    authors' .5 to .75 stand beside a mean over classes, 5 to 7.5 here."""
     memory_format = torch.contiguous_format     # the second derivatives of convolutions are slow in the other one
     @checked
     def __init__(self, network:Backbone,
