@@ -181,14 +181,14 @@ def equivalence_p(difference:Difference, smallest:float) -> float:
 # %% ../nbs/50_stats.ipynb #0ebc6b78
 def minimum_detectable(difference:Difference, alpha:float=.05, power:float=.8) -> float:
     """The true difference that a test at `alpha` with this standard error and degrees of freedom calls significant with
-    probability `power`. nan with one seed, infinite where it is beyond what the noncentral distribution can be computed
-    for. Raises `InputError` unless 0 < `alpha` < `power` < 1."""
+    probability `power`. nan with one seed, infinite below one degree of freedom. Raises `InputError` unless
+    0 < `alpha` < `power` < 1."""
     number("power", power, low=number("alpha", alpha, low=0, open_low=True), high=1, open_low=True, open_high=True)
     error, freedom = difference.error, difference.freedom
     if not error: return 0.
     if math.isnan(error): return math.nan
+    if freedom < 1: return math.inf
     critical, most = scipy.stats.t.ppf(1 - alpha / 2, freedom)**2, 1.
     def shortfall(x): return scipy.stats.ncf.sf(critical, 1, freedom, x**2) - power     # t squared is F
     while shortfall(most) < 0: most *= 2
-    if math.isnan(shortfall(most)): return math.inf
     return float(error * scipy.optimize.brentq(shortfall, 1e-9, most))
