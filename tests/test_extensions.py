@@ -1,7 +1,9 @@
 """A new method, label source, network or data set is one file: each is added to a copy of the project, and a run uses them all."""
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,11 @@ def notebook(module, code):
     return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
 
 
+def its_own(place):
+    "An environment in which the package is the one in `place`."
+    return os.environ | dict(PYTHONPATH=str(place))
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     "A copy of the project with one notebook more for each extension, exported, and its parameters cell written anew."
@@ -95,9 +102,9 @@ def extended(tmp_path_factory):
         (place / file).write_bytes((ROOT / file).read_bytes())
     for number, module, code in ((26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.vgg", NETWORK)):
         (place / "nbs" / f"{number:02d}_added.ipynb").write_text(notebook(module, code))
-    subprocess.run([sys.executable.replace("python", "nbdev_export")], cwd=place, check=True)
-    write = "from soft_cifar import parameters; parameters.write_parameters_cell()"
-    subprocess.run([sys.executable, "-c", write], cwd=place, check=True)
+    export = [Path(sys.executable).with_name("nbdev_export")]
+    write = [sys.executable, "-c", "from soft_cifar import parameters; parameters.write_parameters_cell()"]
+    for command in (export, write): subprocess.run(command, cwd=place, env=its_own(place), check=True)
     return place
 
 
@@ -123,7 +130,7 @@ def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
                       rounds=3, backbone="vgg", width=4, epochs=2, schedule="one_cycle", train_size=60, validation_size=20, test_size=40, ood_size=40)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", "out.ipynb", *words]
-    done = subprocess.run(command, cwd=extended, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=extended, env=its_own(extended), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     [folder] = (extended / "runs").glob("*/*/seed-0")
     record, predictions, history = runs.load(folder)
