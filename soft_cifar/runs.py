@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT', 'provenance', 'processor', 'git', 'commit', 'partial_folder', 'begin', 'executed_notebook', 'half', 'rounded',
            'as_bytes', 'checksum', 'finite', 'write_numbers', 'write_record', 'save', 'not_saved', 'record', 'weights',
-           'told_by', 'classifier', 'teachers', 'load']
+           'sizes_of', 'classifier', 'teachers', 'load']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
 import csv, io, json, math, os, platform, shutil, subprocess
@@ -184,11 +184,11 @@ def weights(folder, found:dict) -> bytes:
     if digest(content) != found.get("weights"): raise DataError(f"{shown(file)} is not as it was written. {again}")
     return content
 
-def told_by(found:dict) -> dict:
+def sizes_of(found:dict) -> dict:
     """What the data told the classifier of the run with the record `found`: the number of classes and the size of
     the images, where they are recorded."""
-    told = found.get("data", {}).get(found["parameters"]["data"], {})
-    return {name: told[name] for name in ("classes", "size") if name in told}
+    recorded = found.get("data", {}).get(found["parameters"]["data"], {})
+    return {name: recorded[name] for name in ("classes", "size") if name in recorded}
 
 def classifier(folder, device="cpu") -> models.Classifier:
     """The trained classifier of a complete run that kept its weights, in evaluation mode, on `device`. Raises
@@ -197,7 +197,7 @@ def classifier(folder, device="cpu") -> models.Classifier:
     content = weights(folder, found)
     run = Run.of(found["parameters"] | dict(device="auto"))
     state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    made = models.create(run.method, **run.model, **told_by(found))
+    made = models.create(run.method, **run.model, **sizes_of(found))
     made.load_state_dict(state)
     return made.to(device, memory_format=made.memory_format).eval()
 

@@ -166,8 +166,8 @@ class Trainer:
         return [state["momentum_buffer"] for state in self.optimiser.state.values()]
 
     def rehearse(self, index:Tensor) -> None:
-        """Take three steps, in which libraries choose their algorithms and the optimiser makes its averages, and put
-        everything back in its place: a graph will look for it there."""
+        """Take three steps, in which libraries choose their algorithms and the optimiser makes its averages. Then
+        restore every tensor in the memory where it lies, because the graph will read it from there."""
         before = self.averages()
         changes = [*self.classifier.state_dict().values(), *self.source.state_dict().values(), self.total, *before]
         kept = [tensor.clone() for tensor in changes]

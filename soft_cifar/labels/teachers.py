@@ -73,7 +73,7 @@ def single(teachers):
 
 def off_ldl(image_set:ImageSet, teachers=()) -> Taught:
     """One teacher's distribution for each training image. Raises `InputError` unless there is one teacher, for the
-    classes of the set; so do the others."""
+    classes of the set. The other sources with teachers raise it, too."""
     return Taught(image_set, single(teachers), online=False)
 
 def off_en_ldl(image_set:ImageSet, teachers=()) -> Taught:
@@ -81,7 +81,7 @@ def off_en_ldl(image_set:ImageSet, teachers=()) -> Taught:
     return Taught(image_set, teachers, online=False)
 
 def off_mt_ldl(image_set:ImageSet, teachers=()) -> Taught:
-    """The sum of the losses to each teacher: as many times the loss to their mean, because cross-entropy is linear
+    """The sum of the losses to N teachers. It is N times the loss to their mean, because cross-entropy is linear
     in the target."""
     return Taught(image_set, teachers, online=False, times=len(teachers))
 

@@ -56,5 +56,5 @@ def create(method:str, seed:int=0, backbone:str="resnet", classes:int=10, **para
 def for_data(method:str, train:ImageSet, seed:int=0, **parameters) -> Classifier:
     "`create` for the images `train`: their classes, their size, the mean and standard deviation of their channels."
     mean, std = train.mean_std()
-    told = dict(classes=len(train.classes), size=tuple(train.images.shape[1:3]), mean=mean, std=std)
-    return create(method, seed, **told, **parameters)
+    of_data = dict(classes=len(train.classes), size=tuple(train.images.shape[1:3]), mean=mean, std=std)
+    return create(method, seed, **of_data, **parameters)
