@@ -326,7 +326,9 @@ def load(name:str, root=None, download:bool=True) -> ImageSet:
     if name in ("oracle", "oracle_ood"): return load_oracle(name)
     path = data_root(root) / f"{name}.npz"
     if path.is_file(): return read_archive(path)
-    one_of("data", name, ["oracle", "oracle_ood", *OFFICIAL, *PREPARED])
+    there = {archive.stem for archive in path.parent.glob("*.npz")}     # sets of one's own among them
+    try: one_of("data", name, dict.fromkeys(["oracle", "oracle_ood", *OFFICIAL, *PREPARED, *sorted(there)]))
+    except InputError as error: raise InputError(f"{error}. There is no {shown(path)}") from None
     return build(name, path, download)
 
 def build(name:str, path:Path, download:bool) -> ImageSet:

@@ -37,7 +37,7 @@ class Mahalanobis:
         shapes(features=(features, "NF", "floating"), labels=(labels, "N", "whole"))
         features, present = features.double(), labels.unique()
         self.means = torch.stack([features[labels == k].mean(0) for k in present])                 # [C,F]
-        centred = features - self.means[torch.searchsorted(present, labels)]
+        centred = features - self.means[torch.searchsorted(present, labels.contiguous())]
         covariance = centred.T @ centred / len(features)
         spread = covariance.diagonal().mean().clamp(min=1e-21)     # images that all look the same have none
         jitter = 1e-9 * spread * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

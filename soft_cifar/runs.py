@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np, psutil, torch
 from . import models
-from .checks import DataError, project_path, shown
+from .checks import DataError, brief, project_path, shown
 from .parameters import Run, digest
 
 # %% ../nbs/40_runs.ipynb #1414f3df
@@ -53,6 +53,10 @@ def partial_folder(run:Run) -> Path:
 def begin(run:Run) -> Path:
     """Make sure that `run` can be saved when it ends, and return its `partial_folder`. Raises `DataError` if it is
     complete already, cannot be written, or lacks a teacher."""
+    size = len(run.cell.encode())
+    if size > 255: raise DataError(
+        f"the folder {brief(run.cell)} would have a name of {size} bytes, and a folder has at most 255: let fewer "
+        "parameters differ from the preset")
     if run.folder.exists(): raise DataError(
         f"{shown(run.folder)} is already complete and is kept: delete the folder to run it again, or change seed, "
         "study or output")

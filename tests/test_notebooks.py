@@ -210,7 +210,7 @@ def test_imports_point_down():
     rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", text, re.M)
     floor_of = {name: int(number) for number, named in rows for name in re.findall(r"`(\d\d_\w+)`", named)}
     lessons = {path.stem for path in LESSONS} - {"index"}
-    assert set(floor_of) == lessons, f"only in the table, or not in it: {set(floor_of) ^ lessons}"
+    assert set(floor_of) == lessons, f"nbs/index.ipynb, the table of floors: add or remove {set(floor_of) ^ lessons}"
     exports = {path.stem: re.search(r"default_exp (\S+)", "\n".join(source(path))) for path in LESSONS}
     module_of = {stem: "soft_cifar." + found[1].removesuffix(".__init__") for stem, found in exports.items() if found}
     floor = {module: floor_of[stem] for stem, module in module_of.items()}
