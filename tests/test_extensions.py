@@ -127,7 +127,7 @@ def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
     labels, counts = torch.randint(4, (120,), generator=g), torch.randint(1, 9, (120, 4), generator=g)
     write_archive(ImageSet("four", images, labels, counts, "made up", tuple("abcd")), extended / "data")
     parameters = dict(preset="demo", data="four", ood="oracle_ood", method="evidential", strength=.2, annealing=2, labels="one_confusion",
-                      rounds=3, backbone="vgg", width=4, epochs=2, schedule="one_cycle", train_size=60, validation_size=20, test_size=40, ood_size=40)
+                      rounds=3, backbone="vgg", width=4, epochs=2, schedule="one_cycle", data_root="data", train_size=60, validation_size=20, test_size=40, ood_size=40)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", "out.ipynb", *words]
     done = subprocess.run(command, cwd=extended, env=its_own(extended), capture_output=True, text=True)
