@@ -47,6 +47,10 @@ class Argument:
     check: Callable       # (name, value) -> value, or an `InputError`
     meaning: str
 
+    def or_none(self, meaning:str) -> "Argument":
+        "The same with None for a default, which is allowed, and another `meaning`."
+        return Argument(None, *get_args(optional(Annotated[self.kind, self.check, meaning])))
+
 def signatures(function) -> list[inspect.Signature]:
     "The signature of `function`; of a class, those of its constructor and of the ones it hands `**others` to."
     if not isinstance(function, type): return [inspect.signature(function, eval_str=True)]
@@ -98,9 +102,8 @@ def collected(functions:dict[str, Callable]) -> dict[str, Argument]:
         meaning = f"of {', '.join(defaults)}: {argument.meaning}"
         if len(set(defaults.values())) == 1: found[name] = replace(argument, meaning=meaning)
         else:
-            kind, check, _ = get_args(optional(Annotated[argument.kind, argument.check, ""]))
             each = ", ".join(f"{default:g}" for default in defaults.values())
-            found[name] = Argument(None, kind, check, f"{meaning}; None: {each}")
+            found[name] = argument.or_none(f"{meaning}; None: {each}")
     return found
 
 # %% ../nbs/07_arguments.ipynb #3da4c606

@@ -125,7 +125,7 @@ def judged_by(image_set:ImageSet, run:Run) -> Tensor:
 
 @torch.no_grad()
 def features(classifier, pixels:Tensor) -> Tensor:
-    "The pooled features [N,64] of all of `pixels`, in evaluation mode."
+    "The pooled features [N,F] of all of `pixels`, in evaluation mode."
     classifier.eval()
     return torch.cat([classifier.features(x) for x in pixels.split(500)])
 

@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'PLACE', 'SECTIONS', 'DEC
 # %% ../nbs/39_parameters.ipynb #0337f1ec
 import functools, hashlib, inspect, json, textwrap
 from collections.abc import Callable
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 import torch
@@ -158,9 +158,7 @@ def taken_by(choice:str|None) -> dict[str, tuple[Argument, str]]:
 
 def by_preset(name:str, argument:Argument) -> Argument:
     "`argument`, or where presets give it a value, one whose default is None."
-    if name not in PRESETS["paper"]: return argument
-    kind, check, meaning = get_args(optional(Annotated[argument.kind, argument.check, argument.meaning]))
-    return Argument(None, kind, check, meaning)
+    return argument.or_none(argument.meaning) if name in PRESETS["paper"] else argument
 
 # %% ../nbs/39_parameters.ipynb #c30e3dce
 def computes_bfloat16(device:torch.device) -> bool:
@@ -274,7 +272,8 @@ class Checked:
 
     def only(self, names) -> dict:
         "Those of the parameters that are among `names` and given."
-        return {name: value for name, value in asdict(self).items() if name in names and value is not None}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def model(self) -> dict:

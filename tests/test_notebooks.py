@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_of_the_project
 
 from soft_cifar.parameters import Run, parameters_cell
 
@@ -168,13 +168,7 @@ def test_words_and_figures_that_differ_are_stale(before, now):
 def copy(tmp_path_factory):
     "The tracked and new files of the project, copied, so that exporting and cleaning cannot touch the original."
     folder = tmp_path_factory.mktemp("copy")
-    wanted = "settings.ini", "pyproject.toml", "nbs", "soft_cifar"
-    words = ["git", "ls-files", "-co", "--exclude-standard", *wanted]
-    files = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes((ROOT / file).read_bytes())
-    return folder, files
+    return folder, copy_of_the_project(folder)
 
 
 @pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])

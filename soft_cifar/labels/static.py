@@ -110,9 +110,7 @@ def smooth(image_set:ImageSet, smoothing:real("share that goes to all classes al
            base:BASE="majority") -> Table:
     """(1 - e) y + e/K of the `base` label y, with e = `smoothing` (Szegedy et al. 2016). Raises `InputError` for e
     outside [0,1]."""
-    e = smoothing
-    labels = image_set.labels if base == "gold" else image_set.majority
-    return Table((1 - e) * onehot(labels, image_set) + e / len(image_set.classes))
+    return Table((1 - smoothing) * one_label(image_set, base) + smoothing / len(image_set.classes))
 
 class Sampled(Table):
     """One label drawn from each image's row of the table, afresh each epoch. Validation uses the table itself, its
