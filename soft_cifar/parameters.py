@@ -61,8 +61,8 @@ PRESETS["compact"] = PRESETS["paper"] | dict(
 
 def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
-    judged = {"oracle": "gold", "cifar10h": "majority"}
-    return dict(ood="oracle_ood" if data == "oracle" else "svhn", test_labels=judged.get(data, "auto"))
+    if data == "oracle": return dict(ood="oracle_ood", test_labels="gold")
+    return dict(ood="svhn", test_labels="majority" if data == "cifar10h" else "auto")
 
 # %% ../nbs/39_parameters.ipynb #accc900b
 MIXES = dict(none=()) | dict.fromkeys(("mixup", "cutmix", "ricap"), ("mix_alpha", "mix_probability"))
