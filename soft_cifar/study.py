@@ -428,6 +428,7 @@ def run_notebook(run:Run, sharing:dict[str, int], teachers:list[str],
     if ours:
         try: compare(ours, standing(token), f"the worker {worker}")
         except StudyError as error: return str(error)
+    if run.folder.exists(): return ""     # Dask computes again what a worker had made that died
     # a name of this worker's own: another study may be making the same run
     notebook = run.folder.with_name(f"{run.folder.name}.{os.getpid()}.ipynb")
     threads = str(max(1, cores() // sharing.get(host_of(worker), 1)))

@@ -84,6 +84,15 @@ def test_killed_kernel_and_killed_worker(undisturbed, tmp_path):
     assert sorted(resumed) == [0, 1], resumed
 
 
+def test_what_is_made_is_not_made_again(undisturbed, monkeypatch):
+    "When a worker dies, Dask computes again what it had made; the run is there, and nothing is started or written."
+    monkeypatch.setattr(study, "make_in_kernel", lambda *_: pytest.fail("a kernel was started"))
+    run, before = study.load(undisturbed).runs[0], sorted(undisturbed.parent.rglob("*"))
+    with Client(n_workers=1, processes=False, dashboard_address=None) as client:
+        assert client.submit(study.run_notebook, run, {}, []).result() == ""
+    assert sorted(undisturbed.parent.rglob("*")) == before
+
+
 def test_two_commands_on_one_study(undisturbed, tmp_path):
     "Both make the same runs at the same time: each is there once, whole, with its executed notebook, and nothing else is."
     file, words = study_in(tmp_path), ("--jobs", 2, "--seeds", 0)
