@@ -168,8 +168,8 @@ def compiled(wanted:"study.Study", place:Path):
 def report(arguments) -> None:
     """Compile what a study says into report/<study>/, beside runs/: a page, Table 1 as csv, md and tex, every
     figure as svg and png, all numbers as csv and parquet."""
-    import nbconvert     # takes a second, and the other commands do not need it
     wanted = study.load(arguments.file)
+    import nbconvert     # takes a second, and the other commands do not need it
     place = wanted.path.parent.parent / "report" / wanted.name
     notebook = compiled(wanted, place)
     notebook.cells = [cell for cell in notebook.cells if is_shown(cell)]
