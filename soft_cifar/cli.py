@@ -198,7 +198,8 @@ def parser_of_words() -> argparse.ArgumentParser:
     argument = command("data", prepare, "download, prepare and check image sets")
     argument("names", nargs="*", help=f"default: cifar10h svhn; known: {known}")
     argument("--root", help="the data root; default: $SOFT_CIFAR_DATA, else data/")
-    argument("--pack", metavar="STUDY", help="write the images that the runs of this file read into pack/").complete = FILES
+    packing = argument("--pack", metavar="STUDY", help="write the images that the runs of this file read into pack/")
+    packing.complete = FILES
     argument = command("study", make, "make the runs of a study")
     argument("file", help="a study file such as runs/demo.yaml").complete = FILES
     argument("--jobs", type=int, help="kernels at a time on this machine; default: 1")
