@@ -9,12 +9,11 @@ __all__ = ['WAYS', 'synchronize', 'seconds_of', 'Pictures', 'pil_epoch', 'plain_
            'seeds_at_once', 'accuracies', 'parts', 'everything', 'ours', 'speeds', 'compact_runs', 'main']
 
 # %% ../nbs/benchmark.ipynb #b643c5eb
-import json, os, resource, statistics, subprocess, sys, time
+import json, os, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-import torch
-import pandas as pd
+import pandas as pd, psutil, torch
 from . import data, evaluation, labels, models, parameters, runs, training
 from .checks import one_of, project_path, shown
 from .parameters import Run
@@ -104,7 +103,10 @@ def trainer_of(run:Run, train, classifier, words:str="soft") -> training.Trainer
 def peak_memory(run:Run) -> int:
     "The most bytes that this process has held, on the device of `run`."
     if run.on.type == "cuda": return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024     # Linux counts in kB
+    if sys.platform == "win32": return psutil.Process().memory_info().peak_wset
+    import resource     # which Windows does not have
+    unit = 1 if sys.platform == "darwin" else 1024     # bytes on a Mac, kB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 def measure(method:str, way:str, epochs:int=2) -> dict:
     """Train `method` in one of `WAYS` for `epochs` epochs, of 64 steps on a GPU and of 4 on a CPU, after one

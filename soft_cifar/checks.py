@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READABLE', 'FAR', 'MARKDOWN', 'LATEX_NAMES', 'LATEX', 'StudyError', 'InputError', 'DataError', 'brief', 'error_of',
-           'refused', 'one_of', 'boolean', 'number', 'shapes', 'project_path', 'shown', 'one_line', 'escape_html',
-           'escape_markdown', 'escape_latex']
+           'refused', 'one_of', 'boolean', 'number', 'shapes', 'this_file', 'checkout', 'project_path', 'carried',
+           'shown', 'one_line', 'escape_html', 'escape_markdown', 'escape_latex']
 
 # %% ../nbs/00_checks.ipynb #fdc17475
 import difflib, html, math, reprlib
@@ -108,15 +108,25 @@ def shapes(**tensors) -> None:
         known |= dict(zip(sizes, shape))
 
 # %% ../nbs/00_checks.ipynb #cf5f8020
+def this_file() -> Path:
+    "Where this module is; a notebook, which has no `__file__`, is where we are."
+    return Path(globals().get("__file__", "")).resolve()
+
+def checkout() -> Path|None:
+    "The root of the project's checkout; None where there is none around."
+    here = Path.cwd()
+    for folder in [here, *here.parents, *this_file().parents]:
+        settings = folder / "settings.ini"
+        if settings.is_file() and "lib_name = soft_cifar" in settings.read_text(): return folder
+
 def project_path(path="") -> Path:
     """`path` if absolute, else `path` below the project's root; below the current folder where there is no
     project around."""
-    here, this_file = Path.cwd(), Path(globals().get("__file__", "")).resolve()     # a notebook has no __file__
-    for folder in [here, *here.parents, *this_file.parents]:
-        settings = folder / "settings.ini"
-        if settings.is_file() and "lib_name = soft_cifar" in settings.read_text():
-            return folder / Path(path).expanduser()
-    return here / Path(path).expanduser()
+    return (checkout() or Path.cwd()) / Path(path).expanduser()
+
+def carried(path) -> Path:
+    "A file of the project, such as `nbs/train.ipynb`: the checkout's, or the one that the installed package carries."
+    return (checkout() or this_file().parent / "project") / path
 
 def shown(path) -> str:
     "`path` as messages name it: from the project's root if it lies below, else in full."

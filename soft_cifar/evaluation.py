@@ -8,8 +8,7 @@ __all__ = ['describe', 'predict', 'label_metrics', 'against_labels', 'against_vo
 
 # %% ../nbs/32_evaluation.ipynb #6d71ff11
 import math
-import pandas as pd, torch
-from IPython.display import HTML
+import torch
 from torch import Tensor
 from . import attacks, extras, metrics
 from .data import ImageSet
@@ -17,9 +16,11 @@ from .parameters import Run
 from .runs import rounded
 
 # %% ../nbs/32_evaluation.ipynb #88a3aa04
-def describe(found:dict[str, float]) -> HTML:
-    """The metrics `found` as a table with what each one is, its range and which way is better.
+def describe(found:dict[str, float]):
+    """The metrics `found` as a table (IPython's `HTML`) with what each one is, its range and which way is better.
     Raises `InputError` for one that is not registered."""
+    import pandas as pd                     # what only notebooks need, training and measuring do without
+    from IPython.display import HTML
     entries = {name: metrics.lookup(name) for name in found}
     rows = [(name, found[name], m.better, m.range, m.meaning) for name, m in entries.items()]
     table = pd.DataFrame(rows, columns=["metric", "value", "better", "range", "what it is"])

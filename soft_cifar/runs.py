@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np, psutil, torch
 from . import models
-from .checks import DataError, InputError, project_path, shown
+from .checks import DataError, InputError, checkout, project_path, shown
 from .parameters import Run, digest
 
 # %% ../nbs/40_runs.ipynb #1414f3df
@@ -34,8 +34,10 @@ def processor() -> str|None:
     return names[0] if names else None
 
 def git(*arguments:str) -> str|None:
-    "What `git` prints in the project's folder; None where it is missing or fails."
-    try: done = subprocess.run(["git", *arguments], cwd=project_path(), capture_output=True, text=True, check=True)
+    "What `git` prints in the project's folder; None where there is none around, or git is missing or fails."
+    root = checkout()
+    if not root: return None     # an installed package may be used from within another project's repository
+    try: done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError): return None
     return done.stdout.strip()
 

@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 from . import data, runs
 from .checks import (
-    DataError, InputError, StudyError, boolean, brief, number, one_of, project_path, shown)
+    DataError, InputError, StudyError, boolean, brief, carried, number, one_of, project_path, shown)
 from .parameters import Run
 
 # %% ../nbs/41_study.ipynb #33af245a
@@ -373,7 +373,7 @@ def run_papermill(notebook:str, output:Path, parameters:dict):
     """Execute `nbs/<notebook>` with `parameters` into the file `output`, in which no path of this machine
     stays. Returns the executed notebook; raises what papermill raises."""
     executed = papermill.execute_notebook(
-        project_path("nbs") / notebook, output, parameters, kernel_name="python3", progress_bar=False,
+        carried(f"nbs/{notebook}"), output, parameters, kernel_name="python3", progress_bar=False,
         cwd=project_path(), extra_arguments=["--IPKernelApp.log_level=50"])
     output.write_text(output.read_text().replace(f"{project_path()}{os.sep}", ""))
     return executed
@@ -392,7 +392,7 @@ def standing(token:str) -> dict[str, str]:
     what the file `token` in the study's folder holds."""
     code, made, seen = hashlib.sha256(), runs.provenance(), project_path(token)
     modules = sorted(Path(runs.__file__).parent.rglob("*.py"))
-    for file in [*modules, project_path("nbs/train.ipynb")]: code.update(file.read_bytes())
+    for file in [*modules, carried("nbs/train.ipynb")]: code.update(file.read_bytes())
     return dict(version=made["versions"]["soft_cifar"], commit=str(made["commit"]), code=code.hexdigest()[:12],
                 folder=seen.read_text() if seen.is_file() else "another")
 
