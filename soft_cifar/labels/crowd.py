@@ -20,8 +20,8 @@ def check_known(image_set:ImageSet) -> None:
     "Raises `DataError` where nobody voted, or where it is not known who said what."
     image_set.probs     # there are votes at all
     if image_set.annotations is None: raise DataError(
-        f"{image_set.name} does not say who cast its votes, and labels='dawid_skene' weighs people by what each of them "
-        "says: use labels='soft', or prepare the set from a file with the columns image, annotator, label")
+        f"{image_set.name} does not say who cast its votes, and labels='dawid_skene' weighs people by what each of "
+        "them says: use labels='soft', or prepare the set from a file with the columns image, annotator, label")
 
 def confusions(image_set:ImageSet, belief:Tensor, prior:float=PRIOR) -> Tensor:
     """What each annotator says of images of each class, if these are distributed as `belief` [N,K] says: [A,K,K] by
