@@ -63,7 +63,7 @@ PRESETS["compact"] = PRESETS["paper"] | dict(
 def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
     if data == "oracle": return dict(ood="oracle_ood", test_labels="gold")
-    ood = "svhn" if data in OFFICIAL or data in PREPARED else "oracle_ood"
+    ood = "svhn" if data in [*OFFICIAL, *PREPARED] else "oracle_ood"     # `data` may still be anything
     return dict(ood=ood, test_labels="majority" if data == "cifar10h" else "auto")
 
 # %% ../nbs/39_parameters.ipynb #accc900b
