@@ -150,7 +150,7 @@ THREE = ("random_label1", "random_label2", "random_label3")
 def arrays_in(path:Path) -> dict:
     "The arrays of a dictionary that torch has pickled; nothing else in `path` is run. Raises `DataError`."
     content = content_of(path)
-    kinds = [np.ndarray, np.dtype, type(np.dtype(np.int64))]
+    kinds = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "bBhHiIqQlLd"}]     # whole numbers, and float64
     # how NumPy 1 and NumPy 2 name the same function
     rebuild = np.empty(0).__reduce__()[0]
     kinds += [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
