@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR10', 'ARRAYS', 'VOTES_SHA256', 'CIFAR10N_SHA256', 'PINNED', 'COPIES', 'WHOLE', 'OFFICIAL_CLASSES', 'VOTES_URL',
-           'OFFICIAL', 'PREPARED', 'ImageSet', 'data_root', 'meta_of', 'write_archive', 'sha256', 'seal', 'as_pinned',
-           'advice_for', 'open_archive', 'read_archive', 'check_votes', 'check_apart', 'build_cifar10h',
-           'build_cifar10', 'build_svhn', 'load_oracle', 'is_here', 'load', 'build', 'with_official_test', 'split']
+           'OFFICIAL', 'PREPARED', 'ImageSet', 'votes_on', 'command_for', 'data_root', 'meta_of', 'write_archive',
+           'sha256', 'seal', 'as_pinned', 'advice_for', 'open_archive', 'read_archive', 'check_votes', 'check_apart',
+           'build_cifar10h', 'build_cifar10', 'build_svhn', 'load_oracle', 'is_here', 'load', 'build',
+           'with_official_test', 'split']
 
 # %% ../nbs/02_data.ipynb #00400e79
 import hashlib, json, os, tempfile
@@ -20,7 +21,8 @@ from .checks import DataError, InputError, brief, number, one_of, project_path, 
 
 # %% ../nbs/02_data.ipynb #c723ccad
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ARRAYS = ("images", "labels", "counts", "held_out")     # what an archive holds and a fingerprint covers
+# what an archive holds and a fingerprint covers
+ARRAYS = ("images", "labels", "counts", "held_out", "annotations")
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -35,6 +37,8 @@ class ImageSet:
     index: Tensor|None = None       # int64 [N], position in the whole set; filled in if absent
     verified: bool = True           # False: nothing says whether the pixels are as they were in the archive
     held_out: Tensor|None = None    # bool [N], the images of an official test split; None: the set has none
+    annotations: Tensor|None = None # int64 [M,3], a vote a row: image, annotator, class; in the order of the images
+    annotators: tuple = ()          # names, by the number that stands for them there
 
     def __post_init__(self):
         self.check_texts()
@@ -48,15 +52,16 @@ class ImageSet:
         "Raises `DataError` with `what` is wrong, unless `ok`."
         if ok: return
         raise DataError(
-            f"{self.name}: {what}. Delete the archive and prepare it again: soft-cifar data {self.name}")
+            f"{self.name}: {what}. Delete the archive and prepare it again: {command_for(self.name)}")
 
     def check_texts(self) -> None:
         "Raises `DataError` for names that are no texts, a class that is named twice, and images that are one number."
-        texts = [self.name, self.encoding, *self.classes]
+        texts = [self.name, self.encoding, *self.classes, *self.annotators]
         if not all(isinstance(text, str) for text in texts): raise DataError(
             f"name {brief(self.name)}, encoding {brief(self.encoding)}, classes {brief(self.classes)}, expected texts")
-        if len(set(self.classes)) < len(self.classes): raise DataError(
-            f"{self.name}: classes {brief(self.classes)} name one twice")
+        for kind in ("classes", "annotators"):
+            names = getattr(self, kind)
+            if len(set(names)) < len(names): raise DataError(f"{self.name}: {kind} {brief(names)} name one twice")
         if not self.images.ndim: raise DataError(
             f"{self.name}: images are one number, expected uint8 [N, 32, 32, 3]")
 
@@ -66,6 +71,7 @@ class ImageSet:
         image = (*self.images.shape[1:3], 3)
         expected = dict(images=(torch.uint8, (N, *image)), labels=(torch.int64, (N,)),
                         counts=(torch.int64, (N, K)), held_out=(torch.bool, (N,)))
+        if self.annotations is not None: expected["annotations"] = torch.int64, (len(self.annotations), 3)
         for field, (dtype, shape) in expected.items():
             array = getattr(self, field)
             if array is None and field in ("counts", "held_out"): continue
@@ -77,10 +83,24 @@ class ImageSet:
         self.check(len(self) > 0, "no images, expected at least one")
         low, high, K = self.labels.min(), self.labels.max(), len(self.classes)
         self.check(0 <= low and high < K, f"labels run from {low} to {high}, expected 0 to {K - 1}")
+        self.check(self.counts is not None or self.annotations is None, "annotations without counts, their sums")
         if self.counts is None: return
         fewest, votes = self.counts.min(), self.counts.sum(1)
         self.check(fewest >= 0, f"counts hold {fewest}, expected votes >= 0")
         self.check(votes.min() > 0, f"image {int(votes.argmin())} has no votes, expected at least one in each row")
+        if self.annotations is not None: self.check_annotations()
+
+    def check_annotations(self) -> None:
+        "Raises `DataError` for votes out of order, by nobody, cast twice, or other ones than are counted."
+        size = torch.tensor([len(self), len(self.annotators), len(self.classes)])
+        self.check(((self.annotations >= 0) & (self.annotations < size)).all(),
+            f"annotations go beyond {size.tolist()} images, annotators and classes")
+        image, annotator, label = self.annotations.unbind(1)
+        self.check((image.diff() >= 0).all(), "annotations are not in the order of the images")
+        self.check(len(torch.unique(image * size[1] + annotator)) == len(image),
+            "an annotator votes twice on one image, expected once at most")
+        counted = torch.bincount(image * size[2] + label, minlength=self.counts.numel())
+        self.check(torch.equal(counted, self.counts.flatten()), "annotations are other votes than counts hold")
 
     def __len__(self): return len(self.images)
 
@@ -97,7 +117,8 @@ class ImageSet:
 
     def subset(self, which:Tensor) -> "ImageSet":
         "The images at positions `which` [M] of this set; `index` still counts in the whole set."
-        rows = {name: array[which] for name, array in self.arrays("posterior", "index").items()}
+        rows = {name: votes_on(array, which, len(self)) if name == "annotations" else array[which]
+                for name, array in self.arrays("posterior", "index").items()}
         return replace(self, **rows)
 
     def first(self, n:int) -> "ImageSet":
@@ -148,6 +169,21 @@ class ImageSet:
         mean = share @ value
         return mean, (share @ value.square() - mean.square()).sqrt()
 
+def votes_on(annotations:Tensor, which:Tensor, n:int) -> Tensor:
+    """Of the `annotations` [M,3] of `n` images, in their order, those of the images at positions `which`, whose
+    numbers become 0, 1, ...; an image that is there twice keeps its votes twice."""
+    which = torch.arange(n)[which]
+    many = torch.bincount(annotations[:, 0], minlength=n)      # votes on each image
+    first = many.cumsum(0) - many                              # and where they begin
+    image = torch.arange(len(which)).repeat_interleave(many[which])
+    before = many[which].cumsum(0) - many[which]
+    place = first[which][image] + torch.arange(len(image)) - before[image]
+    return torch.cat([image[:, None], annotations[place, 1:]], 1)
+
+def command_for(name:str) -> str:
+    "What prepares the set `name`."
+    return f"soft-cifar data {name} (votes of your own: --images FOLDER --votes FILE --name {name})"
+
 # %% ../nbs/02_data.ipynb #6dd1e4f3
 # sha256 of CIFAR-10H's counts, int64 [10000,10], and of CIFAR-10N's three votes an image, int64 [50000,10], row by row
 VOTES_SHA256 = "e3a314fdecb1f8aeb680f50fde8682d83065d5191d8fc76f0bdc86333bd7fefe"
@@ -179,6 +215,7 @@ def meta_of(image_set:ImageSet, **more) -> dict:
     "What an archive of `image_set` says about itself, with `more`, sealed."
     meta = more | dict(name=image_set.name, encoding=image_set.encoding,
                        classes=list(image_set.classes), fingerprint=image_set.fingerprint)
+    if image_set.annotators: meta["annotators"] = list(image_set.annotators)
     if not image_set.verified: meta["pixels"] = "not verified"
     return meta | dict(seal=seal(meta))
 
@@ -216,7 +253,7 @@ def as_pinned(image_set:ImageSet) -> bool:
 
 def advice_for(path:Path) -> str:
     "What to do about an archive at `path` that cannot be used."
-    return f"Delete it and prepare it again: soft-cifar data {path.stem}"
+    return f"Delete it and prepare it again: {command_for(path.stem)}"
 
 def open_archive(path:Path) -> tuple[ImageSet, dict]:
     "(image set, meta) of an archive, of which only the form is checked. Raises `DataError`."
@@ -227,13 +264,14 @@ def open_archive(path:Path) -> tuple[ImageSet, dict]:
             arrays = {name: torch.from_numpy(archive[name]) for name in present}
             meta = json.loads(str(archive["meta"]))
         name, encoding, classes = meta["name"], meta["encoding"], tuple(meta.get("classes", CIFAR10))
+        annotators = tuple(meta.get("annotators", ()))
     except Exception as error:     # somebody else's file: zip, zlib, NumPy, JSON and memory have errors of their own
         raise DataError(
             f"{shown(path)} is damaged or not a prepared archive ({type(error).__name__}: {brief(str(error))}). "
             f"{advice_for(path)}") from None
     if name != path.stem: raise DataError(
         f"{shown(path)} holds {brief(name)}, not {path.stem!r}: it was copied or renamed. {advice_for(path)}")
-    return ImageSet(name, **arrays, encoding=encoding, classes=classes), meta
+    return ImageSet(name, **arrays, encoding=encoding, classes=classes, annotators=annotators), meta
 
 def read_archive(path:Path) -> ImageSet:
     """Read and check one archive. Raises `DataError` when it is truncated, tampered with, another set's, or not an

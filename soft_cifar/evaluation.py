@@ -76,6 +76,7 @@ def against_votes(log_probs:Tensor, labels:Tensor, counts:Tensor) -> dict[str, f
     m, humans = metrics, metrics.shares(counts)
     right, agreed = log_probs.argmax(1) == labels, counts.amax(1) == counts.sum(1)
     def on(rows, metric, targets): return metric(log_probs[rows], targets[rows]) if rows.any() else math.nan
+    def second(votes): return m.second_best_accuracy(log_probs, counts, votes) if counts.shape[1] > 2 else math.nan
     return dict(
         ece_unanimous=on(agreed, m.ece, labels),
         ece_disputed=on(~agreed, m.ece, labels),
@@ -88,8 +89,8 @@ def against_votes(log_probs:Tensor, labels:Tensor, counts:Tensor) -> dict[str, f
         brier_humans=m.brier(log_probs, humans),
         brier_irreducible=m.brier_irreducible(humans),
         entropy_correlation=m.entropy_correlation(log_probs, humans),
-        sba=m.second_best_accuracy(log_probs, counts),
-        sba_2=m.second_best_accuracy(log_probs, counts, min_votes=2))
+        sba=second(1),
+        sba_2=second(2))
 
 def ood_metrics(scores:dict, ood_scores:dict) -> dict[str, float]:
     "AUROC, AUPR and FPR95 of every score, from its values on test and on out-of-distribution images."
@@ -170,7 +171,7 @@ def evaluate(
         kept[f"{name}_log_probs"] = predict(classifier, images)[0]
     kept["validation_labels"] = judged_by(validation, run)
     kept["validation_log_probs"] = predict(classifier, validation.pixels(device))[0]
-    if test.counts is not None: kept["counts"] = test.counts.to(torch.uint8)
+    if test.counts is not None: kept["counts"] = test.counts.to(torch.uint8 if test.counts.max() < 256 else torch.int32)
     kept = {name: rounded(x.cpu()) for name, x in kept.items()}
     return measure(kept, test.posterior), kept
 

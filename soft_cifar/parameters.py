@@ -18,6 +18,7 @@ import torch
 from . import labels as label_sources, losses, models
 from .arguments import Argument, collected, flag, optional, real, whole, word
 from .checks import InputError, brief, number, one_of, project_path
+from .data import OFFICIAL, PREPARED
 
 # %% ../nbs/39_parameters.ipynb #1a745257
 def text(name:str, value) -> str:
@@ -62,7 +63,8 @@ PRESETS["compact"] = PRESETS["paper"] | dict(
 def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
     if data == "oracle": return dict(ood="oracle_ood", test_labels="gold")
-    return dict(ood="svhn", test_labels="majority" if data == "cifar10h" else "auto")
+    ood = "svhn" if data in [*OFFICIAL, *PREPARED] else "oracle_ood"     # `data` may still be anything
+    return dict(ood=ood, test_labels="majority" if data == "cifar10h" else "auto")
 
 # %% ../nbs/39_parameters.ipynb #accc900b
 MIXES = dict(none=()) | dict.fromkeys(("mixup", "cutmix", "ricap"), ("mix_alpha", "mix_probability"))
@@ -87,7 +89,7 @@ class Experiment:
     seed:whole("of the split, the initial weights and everything random in training", 0, high=10**12) = 0
     # what it learns from
     data:optional(Annotated[str, label, "cifar10h, oracle, ..."]) = None
-    ood:optional(Annotated[str, label, "out-of-distribution images; None: svhn, or oracle_ood for the oracle"]) = None
+    ood:optional(Annotated[str, label, "out-of-distribution images; None: svhn; for the oracle and sets of one's own oracle_ood"]) = None
     labels:word("what the target of an image is", label_sources.sources) = "soft"
     teachers:of("labels", Annotated[
         tuple, folders, "of labels kd and ..._ldl: run folders of trained networks, kept with keep_weights"]) = ()
