@@ -16,7 +16,7 @@ from .dropout import mean_probs, mutual_information
 
 # %% ../../nbs/26_het.ipynb #c81ea39a
 class NoisyFeatures(nn.Module):
-    "For features [B,F] the parts of a covariance [B,F,F] of rank `rank` plus a diagonal (Collier et al. 2023, eq. 5-6)."
+    "A Gaussian noise on features [B,F], its covariance of rank `rank` plus a diagonal (Collier et al. 2023)."
     def __init__(self, inputs:int, rank:int):
         super().__init__()
         self.v, self.d = nn.Linear(inputs, inputs), nn.Linear(inputs, inputs)
