@@ -44,7 +44,9 @@ class HetHead(nn.Module):
         self.tau = nn.Parameter(torch.tensor((1 - LOWEST) / (HIGHEST - LOWEST)).logit())
         self.register_buffer("draws", torch.randn(samples, 1, linear.in_features + rank))
 
-    def temperature(self) -> Tensor: return LOWEST + (HIGHEST - LOWEST) * self.tau.sigmoid()
+    def temperature(self) -> Tensor:
+        "tau, a scalar between its bounds."
+        return LOWEST + (HIGHEST - LOWEST) * self.tau.sigmoid()
 
     def forward(self, f:Tensor) -> Tensor:
         draws = self.draws
