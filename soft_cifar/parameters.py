@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, get_args
 import torch
 from . import labels as label_sources, losses, models
-from .arguments import Argument, collected, flag, optional, real, whole, word
+from .arguments import Argument, arguments, collected, flag, optional, real, whole, word
 from .checks import InputError, brief, number, one_of, project_path
 from .data import OFFICIAL, PREPARED
 
@@ -101,6 +101,7 @@ class Experiment:
     test_size:optional(whole("images", 3)) = None     # a picture of their features has two directions
     ood_size:optional(whole("images", 1)) = None
     augment:flag("colour jitter, flip, rotation, crop") = True
+    cutout:whole("side of the square that is hidden in each training image, pixels; 0: none", 0) = 0
     mix:word("whether images and labels are mixed", MIXES) = "none"
     mix_alpha:of("mix", real("of the Beta(alpha, alpha) that says how much", low=0, open_low=True)) = .2
     mix_probability:of("mix", real("of mixing a batch", low=0, high=1)) = .15
@@ -247,11 +248,21 @@ class Checked:
             f"epochs={self.epochs}: preset {self.preset!r} has no milestone before that "
             f"({list(PRESETS[self.preset]['milestones'])}), the learning rate would never fall: {instead}")
 
+    def own(self) -> dict:
+        "The defaults that what is chosen declares: a depth of 20 layers is the ResNet's, other networks have another."
+        values = {}
+        for choice, known in DECLARING.items():
+            chosen = getattr(self, choice)
+            if not isinstance(chosen, str) or chosen not in known(): continue     # refused later, by name
+            values |= {name: argument.default for name, argument in arguments(known()[chosen]).items()}
+        return values
+
     def usual(self) -> dict:
-        """What each parameter is if it is not given: by its default, the preset, the data and the schedule; of the
-        preset's milestones those that `epochs` epochs come to."""
+        """What each parameter is if it is not given: by its default or that of what is chosen, the preset, the data and
+        the schedule; of the preset's milestones those that `epochs` epochs come to."""
         preset = PRESETS[one_of("preset", self.preset, PRESETS)]
-        values = {f.name: f.default for f in fields(self)} | preset | companions(self.data or preset["data"])
+        values = {f.name: f.default for f in fields(self)} | self.own() | preset
+        values |= companions(self.data or preset["data"])
         if self.schedule not in (None, preset["schedule"]): values |= dict(warmup=0, milestones=())
         if isinstance(self.epochs, int):
             values["milestones"] = tuple(m for m in values["milestones"] if m < self.epochs)

@@ -70,14 +70,14 @@ from torch import nn
 from soft_cifar.arguments import checked, whole
 from soft_cifar.backbone import Backbone
 
-class VGG(Backbone):
-    "Two blocks of a VGG (Simonyan & Zisserman 2015)."
+class Plain(Backbone):
+    "Two blocks, each a convolution, a ReLU and the largest of 2x2 pixels."
     @checked
-    def __init__(self, width:whole("channels of the first block", 1)=8, classes:int=10):
+    def __init__(self, channels:whole("of the first block", 1)=8, classes:int=10):
         super().__init__()
         def block(inputs, outputs): return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.body = nn.Sequential(*block(3, width), *block(width, 2 * width))
-        self.head, self.num_features = nn.Linear(2 * width, classes), 2 * width
+        self.body = nn.Sequential(*block(3, channels), *block(channels, 2 * channels))
+        self.head, self.num_features = nn.Linear(2 * channels, classes), 2 * channels
 '''
 
 
@@ -99,7 +99,7 @@ def extended(tmp_path_factory):
     "A copy of the project with one notebook more for each extension, exported, and its parameters cell written anew."
     place = tmp_path_factory.mktemp("extended")
     copy_of_the_project(place)
-    added = (26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.vgg", NETWORK)
+    added = (26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.plain", NETWORK)
     for number, module, code in added:
         (place / "nbs" / f"{number:02d}_added.ipynb").write_text(notebook(module, code))
     export = [Path(sys.executable).with_name("nbdev_export")]
@@ -116,11 +116,11 @@ def test_each_is_one_file(extended):
     def as_before(file): return (ROOT / file).exists() and (ROOT / file).read_bytes() == (extended / file).read_bytes()
     changed = {str(file) for file in files if not as_before(file)}
     added = {"nbs/09_added.ipynb", "nbs/26_added.ipynb", "nbs/27_added.ipynb"}
-    modules = "models/evidential.py", "labels/confusion.py", "backbones/vgg.py", "_modidx.py"
+    modules = "models/evidential.py", "labels/confusion.py", "backbones/plain.py", "_modidx.py"
     made = {f"soft_cifar/{name}" for name in modules}
     assert changed == added | made | {"nbs/train.ipynb"}, changed
     cell = (extended / "nbs" / "train.ipynb").read_text()
-    assert "of evidential: epochs until it pulls in full" in cell and "of vgg: channels of the first block" in cell
+    assert "of evidential: epochs until it pulls in full" in cell and "of plain: of the first block" in cell
 
 
 def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
@@ -131,7 +131,7 @@ def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
     write_archive(ImageSet("four", images, labels, counts, "made up", tuple("abcd")), extended / "data")
     parameters = dict(
         preset="demo", data="four", ood="oracle_ood", data_root="data", epochs=2, schedule="one_cycle",
-        method="evidential", strength=.2, annealing=2, labels="one_confusion", rounds=3, backbone="vgg", width=4,
+        method="evidential", strength=.2, annealing=2, labels="one_confusion", rounds=3, backbone="plain", channels=4,
         train_size=60, validation_size=20, test_size=40, ood_size=40)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", "out.ipynb", *words]
@@ -141,4 +141,4 @@ def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
     record, predictions, history = runs.load(folder)
     assert record["data"]["four"]["classes"] == 4 and record["data"]["four"]["size"] == [64, 64]
     assert predictions["log_probs"].shape == (40, 4) and "score_vacuity" in predictions and len(history) == 2
-    assert {"annealing=2", "rounds=3", "width=4"} <= set(folder.parent.name.split("_")), folder.parent.name
+    assert {"annealing=2", "rounds=3", "channels=4"} <= set(folder.parent.name.split("_")), folder.parent.name
