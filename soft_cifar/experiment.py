@@ -9,7 +9,7 @@ __all__ = ['Parts', 'prepare', 'parted', 'classifier', 'described', 'save', 'exe
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from . import evaluation, models, runs, training
+from . import evaluation, models, runs, shift, training
 from .classifier import Classifier
 from .data import ImageSet, check_apart, fold_split, load, split
 from .labels.online import noisy
@@ -25,11 +25,12 @@ class Parts:
     validation: ImageSet
     test: ImageSet
     ood: ImageSet
+    further: shift.Further     # the sets beyond these
 
     def __str__(self):
         sizes = (f"train {len(self.train):,}, validation {len(self.validation):,}, test {len(self.test):,}, "
                  f"OOD {len(self.ood):,}")
-        return f"{self.whole}\n{self.other}\n{sizes}"
+        return f"{self.whole}\n{self.other}\n{sizes}\n{self.further}".strip()
 
 def prepare(run:Run) -> Parts:
     """The images that `run` learns from and is measured on. Raises `DataError` where they are missing, damaged, lack
@@ -41,9 +42,11 @@ def prepare(run:Run) -> Parts:
     evaluation.judged_by(test, run)     # labels that the test images lack are missed now, not after training
     ood = other.first(run.ood_size)
     runs.check_start(run, train)
-    runs.check_unseen(run, [(test, whole), (ood, other)])
+    further = shift.further(run, whole)
+    scored = [(images, images) for images in (*further.shifted, *further.unfamiliar)]
+    runs.check_unseen(run, [(test, whole), (ood, other), *scored])
     if run.noise: train, validation = noisy(train, run.noise, run.seed), noisy(validation, run.noise, run.seed)
-    return Parts(whole, other, train, validation, test, ood)
+    return Parts(whole, other, train, validation, test, ood, further)
 
 def parted(whole:ImageSet, run:Run) -> tuple[ImageSet, ImageSet, ImageSet]:
     "(train, validation, test) of the set `whole`: by the fold that `run` tests, or by its seed and sizes."
@@ -67,10 +70,12 @@ def save(run:Run, parts:Parts, made:Classifier, history:list[dict], found:dict, 
     each phase. Raises `DataError` as `runs.save`."""
     trained = sum(row["seconds"] for row in history)     # with those before an interruption
     seconds = seconds | dict(fit=max(seconds["fit"], trained))
+    sets = parts.further.shifted + parts.further.unfamiliar
     record = dict(
-        data={part.name: described(part) for part in (parts.whole, parts.other)},
+        data={part.name: described(part) for part in (parts.whole, parts.other, *sets)},
         parameter_count=sum(p.numel() for p in made.parameters()), seconds=seconds, metrics=found,
-        sizes=dict(train=len(parts.train), validation=len(parts.validation), test=len(parts.test)))
+        sizes=dict(train=len(parts.train), validation=len(parts.validation), test=len(parts.test)),
+        absent=list(parts.further.absent))
     if run.init: record |= dict(init=runs.record(run.init)["weights"])
     if not run.keep_weights: return runs.save(run, record, predictions, history)
     trained_on, hashes = runs.past(run, [parts.train, parts.validation])
@@ -90,6 +95,7 @@ def execute(run:Run, progress=None) -> Path:
     made = classifier(run, parts)
     history = training.fit(made, parts.train, parts.validation, run, folder, progress)
     lap("fit")
-    found, predictions = evaluation.evaluate(made, parts.train, parts.validation, parts.test, parts.ood, run)
+    measured_on = parts.train, parts.validation, parts.test, parts.ood, run, parts.further
+    found, predictions = evaluation.evaluate(made, *measured_on)
     lap("evaluate")
     return save(run, parts, made, history, found, predictions, seconds)
