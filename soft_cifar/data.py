@@ -413,7 +413,7 @@ def split(image_set:ImageSet, sizes:tuple, seed:int) -> tuple[ImageSet, ImageSet
     return image_set.subset(trained), image_set.subset(validated), image_set.subset(tested)
 
 # %% ../nbs/02_data.ipynb #f1472f4c
-def fold_split(image_set:ImageSet, folds:int, fold:int, validation:int, seed:int) -> tuple[ImageSet, ImageSet, ImageSet]:
+def fold_split(image_set:ImageSet, folds:int, fold:int, validation:int, seed:int) -> tuple[ImageSet, ...]:
     """(train, validation, test), disjoint: the images of `fold` are the test, `validation` of the others are chosen by
     `seed`, the rest is to train on. Raises `InputError` for a fold outside 0 to folds - 1, for more folds than images,
     where nothing is left to train on, and for a set with an official test split."""

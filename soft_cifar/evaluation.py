@@ -142,8 +142,8 @@ def attack(classifier, pixels:Tensor, labels:Tensor, run:Run) -> tuple[dict, dic
     return made, course
 
 def pgd_course(classifier, parts:list[tuple[Tensor, Tensor]], run:Run) -> tuple[Tensor, dict[str, Tensor]]:
-    """(images [N,3,H,W] after the last step of PGD; `pgd_path_accuracy` and `pgd_path_nll`, [steps + 1] each, before the
-    first and after each step), of images and labels batch by batch."""
+    """(images [N,3,H,W] after the last step of PGD; `pgd_path_accuracy` and `pgd_path_nll`, [steps + 1] each, before
+    the first and after each step), of images and labels batch by batch."""
     attacked, sums = [], torch.zeros(run.pgd_steps + 1, 2, dtype=torch.float64)
     for x, y in parts:
         way = attacks.pgd_path(classifier, x, y, run.pgd_eps, run.pgd_eps / 4, run.pgd_steps, run.attack_samples)

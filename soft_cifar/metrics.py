@@ -296,7 +296,7 @@ def fpr95(id_scores:Tensor, ood_scores:Tensor) -> float:
 @dataclass(frozen=True)
 class Metric:
     "What a table, a figure or a verdict must know of a metric."
-    name: str                     # as runs record it; in a family `<score>` stands for the score, `<set>` for a set of images
+    name: str                     # as runs record it; in a family `<score>` or `<set>` stands for one
     title: str                    # short, without unit
     meaning: str
     range: str

@@ -104,7 +104,7 @@ class Experiment:
     noise:real("share of the training and validation images whose label is wrong on purpose", low=0, high=1) = 0.
     loss:word("what a step minimises; of method duq, on its kernels", losses.OBJECTIVES) = "cross_entropy"
     test_labels:optional(word("majority, gold, auto (what there is)", ("majority", "gold", "auto"))) = None
-    folds:optional(whole("equal parts of the set, one of which is tested, in place of sizes and a seed's split", 2)) = None
+    folds:optional(whole("equal parts of the set, one of which is tested, in place of sizes", 2)) = None
     fold:optional(whole("which of the folds is tested, from 0", 0)) = None
     train_size:optional(whole("images", 1)) = None
     validation_size:optional(whole("images", 1)) = None
@@ -148,7 +148,8 @@ class Experiment:
     output:Annotated[str, text, "folder of the studies"] = "runs"
     keep_weights:flag("whether the folder keeps the trained network, so that it can teach others") = False
 
-PLACE = ("study", "seed", "fold", "device", "recorded", "data_root", "output", "keep_weights")     # what changes no cell
+# what changes no cell
+PLACE = ("study", "seed", "fold", "device", "recorded", "data_root", "output", "keep_weights")
 SECTIONS = dict(     # of the parameters cell, by their first parameter
     study="", data="what it learns from", method="what learns", schedule="how", fgsm_eps="what is measured",
     device="where")
@@ -367,6 +368,7 @@ class Checked:
                 cells = " ".join(Path(folder).parent.name for folder in value)
                 value = f"{len(value)}-{digest(cells.encode())[:6]}"
             elif f.name == "init": value = digest(Path(value).parent.name.encode())[:6]
+            elif f.name in ("shift_sets", "ood_sets"): value = f"{len(value)}-{digest(' '.join(value).encode())[:6]}"
             elif isinstance(value, tuple): value = "-".join(map(str, value))
             words.append(f"{f.name}={value}")
         return "_".join(words)

@@ -204,9 +204,12 @@ def sizes_of(found:dict) -> dict:
     return {name: recorded[name] for name in ("classes", "size") if name in recorded}
 
 def state(folder) -> dict[str, torch.Tensor]:
-    "The tensors in the `weights.pt` of a complete run. Raises `DataError` as `record` and `weights`."
+    """The tensors in the `weights.pt` of a complete run. Raises `DataError` as `record` and `weights`, and for a file
+    that holds anything but tensors: it is never run."""
     content = weights(folder, record(folder))
-    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    try: return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error: raise DataError(     # of pickle, zip, torch: somebody else may have written it
+        f"the weights.pt of {shown(folder)} holds no tensors ({type(error).__name__}): make the run again") from None
 
 def classifier(folder, device="cpu") -> models.Classifier:
     """The trained classifier of a complete run that kept its weights, in evaluation mode, on `device`. Raises

@@ -190,7 +190,8 @@ def check_teacher(model:str, name:str, teacher:Run, run:Run, role:str="teacher")
                      f"this model is tested on: expected the same {', '.join(runs.SPLIT)}")
 
 def check_init(model:str, name:str, start:Run, run:Run) -> None:
-    "Raises `InputError` as `check_teacher`, and where `start`, of the model type `name`, is another network than `run`."
+    """Raises `InputError` as `check_teacher`, and where `start`, of the model type `name`, is another network than
+    `run`."""
     check_teacher(model, name, start, run, "init")
     shape = ["backbone", *models.shape_of(run.backbone)]
     other = [f"{key}={getattr(start, key)!r}" for key in shape if getattr(start, key) != getattr(run, key)]
@@ -314,8 +315,8 @@ def select(made:list, only:str|None, models) -> list[tuple[Run, str]]:
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs: `runs` in the order in which they are made, seed by seed, fold by fold; `models` names the model type of each
-    `cell`; `absent` are the types whose data is not here."""
+    """A grid of runs: `runs` in the order in which they are made, seed by seed, fold by fold; `models` names the model
+    type of each `cell`; `absent` are the types whose data is not here."""
     path: Path
     runs: tuple[Run, ...]
     models: dict[str, str]
