@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['describe', 'predict', 'label_metrics', 'against_labels', 'against_votes', 'ood_metrics', 'attack_metrics',
-           'scaled_metrics', 'judged_by', 'features', 'attack', 'evaluate', 'measure']
+           'scaled_metrics', 'judged_by', 'features', 'attack', 'pgd_course', 'beyond', 'evaluate', 'temperature_of',
+           'measure']
 
 # %% ../nbs/32_evaluation.ipynb #6d71ff11
 import math
 import torch
 from torch import Tensor
-from . import attacks, extras, metrics
+from . import attacks, extras, metrics, shift
 from .data import ImageSet
 from .parameters import Run
 from .runs import rounded
+from .shift import Further
 
 # %% ../nbs/32_evaluation.ipynb #88a3aa04
 def describe(found:dict[str, float]):
@@ -131,16 +133,42 @@ def features(classifier, pixels:Tensor) -> Tensor:
     classifier.eval()
     return torch.cat([classifier.features(x) for x in pixels.split(500)])
 
-def attack(classifier, pixels:Tensor, labels:Tensor, run:Run) -> dict[str, Tensor]:
-    "The images after each attack that `run` asks for, by its name: `fgsm`, and `pgd` if pgd_steps > 0."
+def attack(classifier, pixels:Tensor, labels:Tensor, run:Run) -> tuple[dict, dict]:
+    """(the images after each attack that `run` asks for, by its name: `fgsm`, and `pgd` if pgd_steps > 0; what
+    `pgd_course` says of the way there)."""
     batch = 500 if pixels.is_cuda else 25     # ten samples of 25 images, with gradients, stay below training's memory
     parts = [*zip(pixels.split(batch), labels.split(batch))]
-    samples = run.attack_samples
-    made = dict(fgsm=[attacks.fgsm(classifier, x, y, run.fgsm_eps, samples) for x, y in parts])
-    if run.pgd_steps:
-        step = run.pgd_eps / 4
-        made["pgd"] = [attacks.pgd(classifier, x, y, run.pgd_eps, step, run.pgd_steps, samples) for x, y in parts]
-    return {name: torch.cat(images) for name, images in made.items()}
+    made = dict(fgsm=torch.cat([attacks.fgsm(classifier, x, y, run.fgsm_eps, run.attack_samples) for x, y in parts]))
+    if not run.pgd_steps: return made, {}
+    made["pgd"], course = pgd_course(classifier, parts, run)
+    return made, course
+
+def pgd_course(classifier, parts:list[tuple[Tensor, Tensor]], run:Run) -> tuple[Tensor, dict[str, Tensor]]:
+    """(images [N,3,H,W] after the last step of PGD; `pgd_path_accuracy` and `pgd_path_nll`, [steps + 1] each, before
+    the first and after each step), of images and labels batch by batch."""
+    attacked, sums = [], torch.zeros(run.pgd_steps + 1, 2, dtype=torch.float64)
+    for x, y in parts:
+        way = attacks.pgd_path(classifier, x, y, run.pgd_eps, run.pgd_eps / 4, run.pgd_steps, run.attack_samples)
+        for step, images in enumerate(way):
+            with torch.random.fork_rng():     # a look on the way must not change where it leads
+                seen = attacks.accuracy_and_loss(classifier, images, y)
+            sums[step] += len(x) * torch.tensor([seen["accuracy"], seen["loss"]], dtype=torch.float64)
+        attacked.append(images)
+    accuracy, nll = (sums / sum(len(x) for x, _ in parts)).unbind(1)
+    return torch.cat(attacked), dict(pgd_path_accuracy=accuracy, pgd_path_nll=nll)
+
+def beyond(classifier, further:Further, temperature:float, device) -> dict[str, Tensor]:
+    "What is kept of the answers to the images of `further`: see `shift`."
+    kept = {}
+    def answers(images):     # a part at a time: 50,000 images as numbers fill half a gigabyte
+        parts = torch.arange(len(images)).split(5000)
+        log_probs, scores = zip(*(predict(classifier, images.subset(part).pixels(device)) for part in parts))
+        return torch.cat(log_probs).cpu(), torch.cat([s["max_logit"] for s in scores]).cpu()
+    for images in further.shifted:
+        log_probs, _ = answers(images)
+        kept |= shift.kept_of(images.name, rounded(log_probs), images.labels, temperature)
+    for images in further.unfamiliar: kept[f"unfamiliar_{images.name}"] = answers(images)[1]
+    return {name: rounded(x) for name, x in kept.items()}
 
 def evaluate(
     classifier,             # trained
@@ -149,10 +177,11 @@ def evaluate(
     test:ImageSet,
     ood:ImageSet,           # unfamiliar images
     run:Run,                # seed, test labels, attacks
+    further:Further=Further(),     # sets beyond these
 ) -> tuple[dict[str, float], dict[str, Tensor]]: # metrics {name: value}, predictions {name: [N,...]}
     """All metrics of a trained classifier, and the predictions they come from: for the test and the OOD images their
-    index, log-probabilities and scores, the test images' labels and votes, and the log-probabilities under attack. All
-    are rounded as a run keeps them, and the metrics are of the rounded ones."""
+    index, log-probabilities and scores, the test images' labels and votes, and the log-probabilities under attack; of
+    further sets what `shift` keeps. All are rounded as a run keeps them, and the metrics are of the rounded ones."""
     device = next(classifier.parameters()).device
     torch.manual_seed(run.seed)    # for methods that answer at random; what is asked below keeps its order
     pixels, labels, ood_pixels = test.pixels(device), judged_by(test, run).to(device), ood.pixels(device)
@@ -167,26 +196,30 @@ def evaluate(
     kept |= {f"score_{name}": values for name, values in scores.items()}
     kept |= {f"ood_score_{name}": values for name, values in ood_scores.items()}
     kept["again_predicted"] = rounded(predict(classifier, pixels)[0]).argmax(1).to(torch.uint8)
-    for name, images in attack(classifier, pixels, labels, run).items():
-        kept[f"{name}_log_probs"] = predict(classifier, images)[0]
+    attacked, course = attack(classifier, pixels, labels, run)
+    for name, images in attacked.items(): kept[f"{name}_log_probs"] = predict(classifier, images)[0]
     kept["validation_labels"] = judged_by(validation, run)
     kept["validation_log_probs"] = predict(classifier, validation.pixels(device))[0]
     if test.counts is not None: kept["counts"] = test.counts.to(torch.uint8 if test.counts.max() < 256 else torch.int32)
-    kept = {name: rounded(x.cpu()) for name, x in kept.items()}
+    kept = {name: rounded(x.cpu()) for name, x in (kept | course).items()}
+    kept |= beyond(classifier, further, temperature_of(kept), device)
+    if further.unfamiliar: kept[f"unfamiliar_{ood.name}"] = kept["ood_score_max_logit"]
     return measure(kept, test.posterior), kept
+
+def temperature_of(kept:dict[str, Tensor]) -> float:
+    "The temperature that suits the validation answers among the predictions `kept`."
+    log_probs = kept["validation_log_probs"]
+    return extras.fit_temperature(log_probs, metrics.distribution(kept["validation_labels"], log_probs.shape[1]))
 
 def measure(kept:dict[str, Tensor], posterior:Tensor|None=None) -> dict[str, float]:
     "All metrics from the predictions that `evaluate` keeps, and the exact posterior [N,K] where there is one."
     def scores(prefix): return {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
     log_probs, labels = kept["log_probs"], kept["labels"]
     counts = kept["counts"].long() if "counts" in kept else None
-    validation_targets = metrics.distribution(kept["validation_labels"], log_probs.shape[1])
-    temperature = extras.fit_temperature(kept["validation_log_probs"], validation_targets)
-
     found = label_metrics(log_probs, labels, counts, posterior)
     found |= ood_metrics(scores("score_"), scores("ood_score_"))
-    found |= scaled_metrics(log_probs, labels, counts, temperature)
+    found |= scaled_metrics(log_probs, labels, counts, temperature_of(kept))
     found["resampling_flips"] = (log_probs.argmax(1) != kept["again_predicted"]).double().mean().item()
     for name in ("fgsm", "pgd"):
         if f"{name}_log_probs" in kept: found |= attack_metrics(name, log_probs, kept[f"{name}_log_probs"], labels)
-    return found
+    return found | shift.shift_metrics(kept) | shift.unfamiliar_metrics(kept)

@@ -344,7 +344,7 @@ def fpr95(id_scores:Tensor, ood_scores:Tensor) -> float:
 @dataclass(frozen=True)
 class Metric:
     "What a table, a figure or a verdict must know of a metric."
-    name: str                     # as runs record it; in a family `<score>` stands for the score
+    name: str                     # as runs record it; in a family `<score>` or `<set>` stands for one
     title: str                    # short, without unit
     meaning: str
     range: str
@@ -491,14 +491,46 @@ METRICS = {metric.name: metric for metric in (
            "share of the right answers lost to PGD",
            "0 to 1", "lower", "points"),
     Metric("pgd_nll", "PGD: log loss", "mean negative log-likelihood of the test label after PGD",
-           "nats, from 0", "lower", "nats"))}
+           "nats, from 0", "lower", "nats"),
+
+    Metric("shift_accuracy_<set>", "accuracy on <set>",
+           "share of the images of a further test set classified right, by that set's own label",
+           "0 to 1", "higher", "points"),
+    Metric("shift_nll_<set>", "log loss on <set>",
+           "mean negative log-likelihood of the own label of a further test set",
+           "nats, from 0", "lower", "nats"),
+    Metric("shift_nll_scaled_<set>", "log loss on <set>, scaled",
+           "shift_nll_<set> after scaling by the temperature, which is that of the validation images",
+           "nats, from 0", "lower", "nats"),
+    Metric("shift_ece_<set>", "ECE on <set>", "expected calibration error on a further test set, 15 bins",
+           "0 to 1", "lower"),
+    Metric("shift_confidence_right_<set>", "confidence where right, on <set>",
+           "confidence on the images of a further test set that are classified right",
+           "0 to 1", "higher"),
+    Metric("shift_confidence_wrong_<set>", "confidence where wrong, on <set>",
+           "confidence on the images of a further test set that are classified wrong",
+           "0 to 1", "lower"),
+    Metric("ood_auroc_<set>", "OOD AUROC of <set>",
+           "images of that set (positive) told from test images by the maximal logit",
+           "0 to 1, chance .5", "higher"),
+    Metric("ood_fpr95_<set>", "FPR95 of <set>",
+           "share of test images flagged when 95% of the images of that set are, by the maximal logit",
+           "0 to 1", "lower", "points"),
+    Metric("near_ood_auroc", "near OOD AUROC", "mean ood_auroc_<set> of the sets whose images resemble the test images",
+           "0 to 1, chance .5", "higher"),
+    Metric("far_ood_auroc", "far OOD AUROC", "mean ood_auroc_<set> of the other sets",
+           "0 to 1, chance .5", "higher"))}
 
 PRIMARY = [name for name, metric in METRICS.items() if metric.primary]     # the order of METRICS is that of Table 1
 
 def lookup(name:str) -> Metric:
-    """The entry of the metric `name`; of a score without one, such as `fpr95_entropy`, that of its family.
+    """The entry of the metric `name`; of a score or a set without one, such as `fpr95_entropy`, that of its family.
     Raises `InputError` for a name that is not registered."""
-    kind, _, score = name.partition("_")
-    family = METRICS.get(f"{kind}_<score>")
-    if name in METRICS or not (family and score): return METRICS[one_of("metric", name, METRICS)]
-    return replace(family, name=name, title=family.title.replace("<score>", score.replace("_", " ")))
+    if name in METRICS: return METRICS[name]
+    stems = {family.partition("<")[0]: family for family in METRICS if "<" in family}
+    begun = [stem for stem in stems if name.startswith(stem) and name != stem]
+    if not begun: return METRICS[one_of("metric", name, METRICS)]
+    stem = max(begun, key=len)     # shift_nll_scaled_<set> is more than shift_nll_<set>
+    family, which = METRICS[stems[stem]], name.removeprefix(stem).replace("_", " ")
+    before, after = family.title.split("<")
+    return replace(family, name=name, title=before + which + after.partition(">")[2])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'PLACE', 'SECTIONS', 'DECLARING', 'Run', 'text', 'label', 'folders',
-           'epochs_list', 'bfloat16_choice', 'companions', 'of', 'Experiment', 'declared', 'taken_by', 'by_preset',
-           'computes_bfloat16', 'buildable', 'digest', 'Checked', 'fields_of', 'type_of', 'parameters_cell',
-           'write_parameters_cell']
+           'epochs_list', 'bfloat16_choice', 'set_names', 'companions', 'of', 'Experiment', 'declared', 'taken_by',
+           'by_preset', 'computes_bfloat16', 'buildable', 'digest', 'Checked', 'fields_of', 'type_of',
+           'parameters_cell', 'write_parameters_cell']
 
 # %% ../nbs/39_parameters.ipynb #0337f1ec
 import functools, hashlib, inspect, json, textwrap
@@ -49,6 +49,14 @@ def bfloat16_choice(name:str, value) -> bool|str:
     "One of auto, True and False."
     return one_of(name, value, ("auto", True, False))
 
+def set_names(name:str, value) -> tuple[str, ...]:
+    "A list of names of image sets as a tuple; none twice."
+    if not isinstance(value, (list, tuple)): raise InputError(
+        f"{name}={brief(value)} is a {type(value).__name__}, expected a list of image sets such as [cinic10_imagenet]; "
+        f"from a shell: -y '{name}: [cinic10_imagenet]'")
+    if len(set(map(str, value))) < len(value): raise InputError(f"{name}={brief(value)} holds one twice")
+    return tuple(label(f"{name}[{i}]", one) for i, one in enumerate(value))
+
 # %% ../nbs/39_parameters.ipynb #4dbe9af5
 PRESETS = dict(
     paper=dict(
@@ -59,6 +67,8 @@ PRESETS = dict(
         epochs=8, lr=.05, warmup=1, milestones=(4, 6, 7), bfloat16=False, penalty_every=1))
 PRESETS["compact"] = PRESETS["paper"] | dict(
     schedule="one_cycle", epochs=60, lr=.8, warmup=0, milestones=(), bfloat16="auto", penalty_every=4)
+# provisional until the pilot on other folds has run
+PRESETS["finetune"] = PRESETS["compact"] | dict(epochs=8, lr=.02)
 
 def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
@@ -84,7 +94,7 @@ def of(kind:str, annotation):
 class Experiment:
     "The parameters of an experiment as a whole, in the order of the parameters cell."
     study:Annotated[str, label, "results go to runs/<study>/<cell>/seed-<n>"] = "single"
-    preset:word("paper, compact, demo: what stands here as None", PRESETS) = "paper"
+    preset:word("paper, compact, finetune, demo: what stands here as None", PRESETS) = "paper"
     # times a million it is still a seed
     seed:whole("of the split, the initial weights and everything random in training", 0, high=10**12) = 0
     # what it learns from
@@ -96,6 +106,8 @@ class Experiment:
     noise:real("share of the training and validation images whose label is wrong on purpose", low=0, high=1) = 0.
     loss:word("what a step minimises; of method duq, on its kernels", losses.OBJECTIVES) = "cross_entropy"
     test_labels:optional(word("majority, gold, auto (what there is)", ("majority", "gold", "auto"))) = None
+    folds:optional(whole("equal parts of the set, one of which is tested, in place of sizes", 2)) = None
+    fold:optional(whole("which of the folds is tested, from 0", 0)) = None
     train_size:optional(whole("images", 1)) = None
     validation_size:optional(whole("images", 1)) = None
     test_size:optional(whole("images", 3)) = None     # a picture of their features has two directions
@@ -108,9 +120,10 @@ class Experiment:
     # what learns
     method:word("how it answers, and doubts", models.methods) = "basic"
     backbone:word("the network", models.backbones) = "resnet"
+    init:Annotated[str, text, 'run folder of the network to start from, kept with keep_weights; "": from scratch'] = ""
     # how
     schedule:optional(word("of the learning rate", SCHEDULES)) = None
-    epochs:optional(whole("passes over the training images", 1)) = None
+    epochs:optional(whole("passes over the training images; 0: the network of init as it is", 0)) = None
     batch_size:whole("images in a step", 2) = 128
     lr:optional(real("learning rate; of one_cycle: its peak", low=0, open_low=True)) = None
     momentum:real("of Nesterov's kind", low=0, high=1, open_low=True, open_high=True) = .9
@@ -127,6 +140,10 @@ class Experiment:
     pgd_eps:real("the same", low=0) = .005
     pgd_steps:whole("0: no PGD", 0) = 0
     attack_samples:whole("gradients to average, for stochastic methods", 1) = 1
+    shift_sets:Annotated[
+        tuple, set_names, "further test sets with the same classes, used where they are: cinic10_imagenet, ..."] = ()
+    ood_sets:Annotated[
+        tuple, set_names, "further out-of-distribution images, used where they are: tinyimagenet, textures, ..."] = ()
     # where
     device:word("auto, cpu, cuda", ("auto", "cpu", "cuda")) = "auto"
     recorded:flag("whether a GPU replays each step as a CUDA graph; False: steps one by one, slower") = True
@@ -134,7 +151,8 @@ class Experiment:
     output:Annotated[str, text, "folder of the studies"] = "runs"
     keep_weights:flag("whether the folder keeps the trained network, so that it can teach others") = False
 
-PLACE = ("study", "seed", "device", "recorded", "data_root", "output", "keep_weights")     # what changes no cell
+# what changes no cell
+PLACE = ("study", "seed", "fold", "device", "recorded", "data_root", "output", "keep_weights")
 SECTIONS = dict(     # of the parameters cell, by their first parameter
     study="", data="what it learns from", method="what learns", schedule="how", fgsm_eps="what is measured",
     device="where")
@@ -181,6 +199,7 @@ def digest(content:bytes) -> str:
 class Checked:
     "What a `Run` does with its parameters."
     def __post_init__(self):
+        self.check_folds()
         usual, given = self.usual(), self.milestones is not None
         for f in fields(self):
             value = getattr(self, f.name)
@@ -192,6 +211,20 @@ class Checked:
         self.check_schedule(given)
         self.check_measured(usual)
         buildable(self.method, **self.model)
+
+    def check_folds(self) -> None:
+        "Raises `InputError` for a fold that there is not, and for folds beside sizes that they say."
+        if self.folds is None:
+            if self.fold is None: return
+            raise InputError(f"fold={brief(self.fold)} has no effect without folds: leave it out, or say folds=10")
+        folds = number("folds", self.folds, int, low=2)
+        if self.fold is None: raise InputError(
+            f"folds={folds} without fold, expected fold=0 to {folds - 1}: which of them is tested")
+        number("fold", self.fold, int, low=0, high=folds - 1)
+        for name in ("train_size", "test_size"):
+            if (size := getattr(self, name)) is None: continue
+            raise InputError(f"{name}={brief(size)} beside folds={folds}: a fold is tested, and all other images but "
+                             f"validation_size are trained on. Leave out {name}, or folds and fold")
 
     def check_device(self) -> None:
         "Raises `InputError` for a GPU that is not there."
@@ -229,6 +262,15 @@ class Checked:
         if self.ood == self.data: raise InputError(
             f"ood={self.ood!r} is the set that is trained and tested on, expected another: its images are to be told "
             "from these")
+        for name in ("shift_sets", "ood_sets"):
+            twice = {self.data, self.ood}.intersection(getattr(self, name))
+            if twice: raise InputError(
+                f"{name}={list(getattr(self, name))} holds {', '.join(sorted(twice))}, which is data or ood of this "
+                "run: leave it out")
+        both = set(self.shift_sets) & set(self.ood_sets)
+        if both: raise InputError(
+            f"{', '.join(sorted(both))} is among shift_sets and among ood_sets: expected one of them, images either "
+            "have this run's classes or others")
         if self.pgd_eps != usual["pgd_eps"] and not self.pgd_steps: raise InputError(
             f"pgd_eps={self.pgd_eps} has no effect without PGD: leave it out, or say pgd_steps")
         if self.attack_samples > 1 and "samples" not in models.parameters_of(self.method): raise InputError(
@@ -239,6 +281,8 @@ class Checked:
         """Raises `InputError` for a warm-up or for milestones, `given` or the preset's, that `epochs` epochs never
         come to."""
         instead = "give a fitting warmup and milestones, or schedule='one_cycle', which fits any number of epochs"
+        if not self.epochs and not self.init: raise InputError(
+            "epochs=0 leaves a network as it is, and there is none to start from: say init, or epochs above 0")
         if self.warmup > self.epochs: raise InputError(
             f"warmup={self.warmup} ends after the last of {self.epochs} epochs: {instead}")
         late = [m for m in self.milestones if m >= self.epochs]
@@ -264,6 +308,7 @@ class Checked:
         values = {f.name: f.default for f in fields(self)} | self.own() | preset
         values |= companions(self.data or preset["data"])
         if self.schedule not in (None, preset["schedule"]): values |= dict(warmup=0, milestones=())
+        if self.folds is not None: values |= dict(train_size=None, test_size=None)     # the folds say them
         if isinstance(self.epochs, int):
             values["milestones"] = tuple(m for m in values["milestones"] if m < self.epochs)
         return values
@@ -335,14 +380,22 @@ class Checked:
             if f.name == "teachers":     # by their cells: a path may be long
                 cells = " ".join(Path(folder).parent.name for folder in value)
                 value = f"{len(value)}-{digest(cells.encode())[:6]}"
+            elif f.name == "init": value = digest(Path(value).parent.name.encode())[:6]
+            elif f.name in ("shift_sets", "ood_sets"): value = f"{len(value)}-{digest(' '.join(value).encode())[:6]}"
             elif isinstance(value, tuple): value = "-".join(map(str, value))
             words.append(f"{f.name}={value}")
         return "_".join(words)
 
     @property
+    def unit(self) -> tuple:
+        "(seed, fold): which of the runs of its cell this one is."
+        return self.seed, self.fold
+
+    @property
     def folder(self) -> Path:
-        "`<output>/<study>/<cell>/seed-<n>`; relative to the project's root."
-        return project_path(self.output) / self.study / self.cell / f"seed-{self.seed}"
+        "`<output>/<study>/<cell>/seed-<n>`, of a fold `seed-<n>_fold-<i>`; relative to the project's root."
+        of_fold = "" if self.fold is None else f"_fold-{self.fold}"
+        return project_path(self.output) / self.study / self.cell / f"seed-{self.seed}{of_fold}"
 
 # %% ../nbs/39_parameters.ipynb #bbe1b1d8
 def fields_of(found:dict) -> list[tuple]:

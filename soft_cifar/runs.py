@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'SPLIT', 'provenance', 'processor', 'git', 'commit', 'partial_folder', 'check_cell', 'begin',
            'executed_notebook', 'half', 'rounded', 'as_bytes', 'checksum', 'finite', 'write_numbers', 'write_record',
-           'save', 'not_saved', 'record', 'weights', 'sizes_of', 'classifier', 'teachers', 'load']
+           'save', 'not_saved', 'record', 'weights', 'sizes_of', 'state', 'classifier', 'load', 'parents', 'split_of',
+           'check_split', 'teachers', 'seen', 'past', 'check_unseen', 'check_start', 'shapes_of']
 
 # %% ../nbs/40_runs.ipynb #75f0b084
 import csv, io, json, math, os, platform, shutil, subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np, psutil, torch
 from . import models
 from .checks import DataError, InputError, checkout, project_path, shown
+from .data import ImageSet, image_hashes
 from .parameters import Run, digest
 
 # %% ../nbs/40_runs.ipynb #1414f3df
@@ -63,12 +65,13 @@ def check_cell(where:str, run:Run) -> None:
 
 def begin(run:Run) -> Path:
     """Make sure that `run` can be saved when it ends, and return its `partial_folder`. Raises `DataError` if it is
-    complete already, cannot be written, or lacks a teacher, `InputError` as `check_cell`."""
+    complete already, cannot be written, or lacks a network that it learns from, `InputError` as `check_cell`."""
     check_cell("the cell of this run", run)
     if run.folder.exists(): raise DataError(
         f"{shown(run.folder)} is already complete and is kept: delete the folder to run it again, or change seed, "
         "study or output")
     teachers(run)     # they are there
+    if run.init: state(run.init)
     folder = partial_folder(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,32 +205,22 @@ def sizes_of(found:dict) -> dict:
     recorded = found.get("data", {}).get(found["parameters"]["data"], {})
     return {name: recorded[name] for name in ("classes", "size") if name in recorded}
 
+def state(folder) -> dict[str, torch.Tensor]:
+    """The tensors in the `weights.pt` of a complete run. Raises `DataError` as `record` and `weights`, and for a file
+    that holds anything but tensors: it is never run."""
+    content = weights(folder, record(folder))
+    try: return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error: raise DataError(     # of pickle, zip, torch: somebody else may have written it
+        f"the weights.pt of {shown(folder)} holds no tensors ({type(error).__name__}): make the run again") from None
+
 def classifier(folder, device="cpu") -> models.Classifier:
     """The trained classifier of a complete run that kept its weights, in evaluation mode, on `device`. Raises
     `DataError` where the run is missing or damaged or has no weights."""
     found = record(folder)
-    content = weights(folder, found)
     run = Run.of(found["parameters"] | dict(device="auto"))
-    state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     made = models.create(run.method, **run.model, **sizes_of(found))
-    made.load_state_dict(state)
+    made.load_state_dict(state(folder))
     return made.to(device, memory_format=made.memory_format).eval()
-
-SPLIT = ("data", "seed", "validation_size", "test_size")     # what says which images are tested
-
-def teachers(run:Run) -> list[models.Classifier]:
-    """The classifiers of the runs that teach `run`, on its device. Raises `DataError` as `classifier` does, and for
-    one whose training images may be among those that `run` is tested on."""
-    for folder in run.teachers:
-        theirs = record(folder)["parameters"]
-        different = [name for name in SPLIT if theirs[name] != getattr(run, name)]
-        if not different: continue
-        teacher_has = ", ".join(f"{name}={theirs[name]!r}" for name in different)
-        run_has = ", ".join(f"{name}={getattr(run, name)!r}" for name in different)
-        raise DataError(
-            f"the teacher {folder} has {teacher_has}, this run {run_has}: it may have been trained on images that this "
-            f"run is tested on. Expected a run of the same {', '.join(SPLIT)}")
-    return [classifier(folder, run.on) for folder in run.teachers]
 
 def load(folder) -> tuple[dict, dict, list[dict]]:
     """(record, predictions, history) of a complete run folder; predictions are `rounded`. Raises `DataError` as
@@ -242,3 +235,90 @@ def load(folder) -> tuple[dict, dict, list[dict]]:
     with open(folder / "history.csv", newline="") as file:
         history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     return found, predictions, history
+
+# %% ../nbs/40_runs.ipynb #a5bc92cb
+# what says which images are tested
+SPLIT = ("data", "seed", "validation_size", "test_size", "folds", "fold")
+
+def parents(run:Run) -> list[str]:
+    "The folders of the runs that `run` learns from: the one that it starts from and its teachers."
+    return [*([run.init] if run.init else []), *run.teachers]
+
+def split_of(parameters:dict) -> dict:
+    "Those of the recorded `parameters` of a run that are in `SPLIT`; folds are younger than some records."
+    return {name: parameters.get(name) for name in SPLIT}
+
+def check_split(role:str, folder:str, run:Run) -> None:
+    """Raises `DataError` where the network in `folder`, which is `role` of `run`, may have been trained on images that
+    `run` is tested on, for all that its record says without a look at the images. For other data than the run's it
+    has to say which images it saw: `check_unseen` compares them."""
+    found = record(folder)
+    theirs, ours = split_of(found["parameters"]), split_of(vars(run))
+    if theirs["data"] != ours["data"] and "trained_on" in found: return
+    different = [name for name in SPLIT if theirs[name] != ours[name]]
+    if not different: return
+    they_have = ", ".join(f"{name}={theirs[name]!r}" for name in different)
+    run_has = ", ".join(f"{name}={ours[name]!r}" for name in different)
+    raise DataError(
+        f"the {role} {folder} has {they_have}, this run {run_has}: it may have been trained on images that this "
+        f"run is tested on. Expected a run of the same {', '.join(SPLIT)}, or one on other data that records the "
+        "images it saw")
+
+def teachers(run:Run) -> list[models.Classifier]:
+    """The classifiers of the runs that teach `run`, on its device. Raises `DataError` as `classifier` does, and for
+    one whose training images may be among those that `run` is tested on."""
+    for folder in run.teachers: check_split("teacher", folder, run)
+    return [classifier(folder, run.on) for folder in run.teachers]
+
+def seen(folder) -> torch.Tensor:
+    "The hashes [M] of the images that the network in `folder` was trained or chosen on; none where it does not say."
+    with np.load(project_path(folder) / "predictions.npz", allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays["seen"]) if "seen" in arrays else torch.zeros(0, dtype=torch.int64)
+
+def past(run:Run, used:list[ImageSet]) -> tuple[dict[str, str], torch.Tensor]:
+    """What a record says of all images that the network of `run` was trained or chosen on, itself on those of `used`:
+    fingerprints by the name of their set, and hashes [M]."""
+    before = record(run.init)["trained_on"] if run.init else {}
+    known = [seen(run.init)] if run.init else []
+    hashes = torch.cat([*known, *(image_hashes(part.images) for part in used)]).unique()
+    return before, hashes
+
+def check_unseen(run:Run, scored:list[tuple[ImageSet, ImageSet]]) -> None:
+    """Raises `DataError` where a network that `run` learns from has seen an image that `run` is scored on as unseen.
+    `scored` are pairs of images and the whole set that they are from. A network that says nothing of its images passes
+    here: `check_split` has compared its split."""
+    for folder in parents(run):
+        trained_on, hashes = record(folder).get("trained_on", {}), seen(folder)
+        for images, whole in scored:
+            common = int(torch.isin(image_hashes(images.images), hashes).sum())
+            if common: raise DataError(
+                f"{folder} has seen {common} of the {len(images)} images of {images.name} that this run is scored on "
+                "as unseen: leave that set out, or learn from another network")
+            if trained_on.get(whole.name, whole.fingerprint) != whole.fingerprint: raise DataError(
+                f"{folder} was trained on {whole.name} in another encoding ({trained_on[whole.name][:12]} instead of "
+                f"{whole.fingerprint[:12]}), where hashes cannot tell which images these are: leave that set out, or "
+                "learn from another network")
+
+def check_start(run:Run, train:ImageSet) -> None:
+    """Raises `DataError` where `run`, with the training images `train`, cannot start from the network that it names:
+    one that is not there whole, does not say which images it saw, may have seen the test images, or has another
+    architecture, other classes or other sizes of images."""
+    if not run.init: return
+    check_split("start", run.init, run)
+    found, tensors = record(run.init), state(run.init)
+    if "trained_on" not in found: raise DataError(
+        f"{run.init} does not say which images it saw: make that run again, with keep_weights=True")
+    of_data = dict(classes=len(train.classes), size=list(train.images.shape[1:3]))
+    own = models.create(run.method, **run.model, **of_data).state_dict()
+    ours = dict(method=run.method) | run.model | of_data
+    theirs = found["parameters"] | sizes_of(found)
+    other_size = of_data["size"] != theirs["size"]     # of images: the same weights fit all
+    if not other_size and shapes_of(own) == shapes_of(tensors): return
+    different = [name for name in ours if theirs.get(name) != ours[name]]
+    raise DataError(
+        f"the start {run.init} has {', '.join(f'{name}={theirs.get(name)}' for name in different)}, this run "
+        f"{', '.join(f'{name}={ours[name]}' for name in different)}: expected a network of the same kind and size")
+
+def shapes_of(tensors:dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    "The shapes of `tensors`, by name."
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QUIET', 'SHARED', 'marked', 'Loader', 'read',
-           'check_model', 'check_own', 'check', 'check_seeds', 'is_present', 'at_place', 'check_teacher', 'cells_of',
-           'expand', 'check_formats', 'reused', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished',
-           'last_error', 'state', 'status', 'cores', 'host_of', 'run_papermill', 'sweep', 'standing', 'compare',
-           'make_in_kernel', 'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers',
-           'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of',
-           'row_of', 'gather', 'Predictions', 'caveats']
+           'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
+           'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
+           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
+           'state', 'status', 'cores', 'host_of', 'run_papermill', 'sweep', 'standing', 'compare', 'make_in_kernel',
+           'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers', 'write_token', 'meeting',
+           'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of', 'pairing', 'row_of', 'gather',
+           'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, hashlib, itertools, json, logging, math
@@ -26,7 +27,7 @@ from distributed.comm.core import CommClosedError
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
-from . import data, runs
+from . import data, models, runs
 from .checks import (
     DataError, InputError, StudyError, boolean, brief, carried, number, one_of, project_path, shown)
 from .parameters import Run
@@ -111,9 +112,10 @@ def read(path:Path) -> dict:
 
 # %% ../nbs/41_study.ipynb #a1189b6a
 # the keys of a study file, with what each holds
-KEYS = dict(shared=dict, models=dict, labels=list, mixes=list, seeds=list, reuse=list)
+KEYS = dict(shared=dict, models=dict, labels=list, mixes=list, seeds=list, fold=list, reuse=list)
 # parameters of a run that a study says in another place
-OWN = dict(study="the name of the file", output="the folder of the file", seed="the list `seeds`", if_present="a model")
+OWN = dict(study="the name of the file", output="the folder of the file", seed="the list `seeds`",
+           fold="the list `fold`", if_present="a model")
 
 def check_model(name, parameters) -> None:
     "Raises `InputError` where `name` is no name of a model type, or `parameters` no mapping."
@@ -126,6 +128,8 @@ def check_model(name, parameters) -> None:
     teachers = parameters.get("teachers", [])
     if not isinstance(teachers, list) or not all(isinstance(teacher, str) for teacher in teachers):
         raise InputError(f"{where}: teachers: {brief(teachers)}, expected a list of model types")
+    if not isinstance(parameters.get("init", ""), str):
+        raise InputError(f"{where}: init: {brief(parameters['init'])}, expected a model type")
     boolean(f"{where}: if_present", parameters.get("if_present", False))
 
 def check_own(where:str, parameters:dict) -> None:
@@ -152,11 +156,12 @@ def check(given:dict) -> dict:
         raise InputError("shared: teachers belong to a model, which is taught by models above it")
     return given
 
-def check_seeds(seeds:list) -> list[int]:
-    "`seeds` as whole numbers. Raises `InputError` for another thing, or for one that is there twice."
-    seeds = [number(f"seeds[{i}]", seed, int, low=0) for i, seed in enumerate(seeds)]
-    if len(set(seeds)) < len(seeds): raise InputError(f"seeds: {brief(seeds)} holds one twice")
-    return seeds
+def check_numbers(name:str, values:list) -> list[int]:
+    """The list `name` of a study, seeds or folds, as whole numbers. Raises `InputError` for another thing, or for one
+    that is there twice."""
+    values = [number(f"{name}[{i}]", value, int, low=0) for i, value in enumerate(values)]
+    if len(set(values)) < len(values): raise InputError(f"{name}: {brief(values)} holds one twice")
+    return values
 
 def is_present(parameters:dict) -> bool:
     "Whether the data of a model type with these `parameters` is here, or need not be. Raises `InputError`."
@@ -173,48 +178,88 @@ def at_place(where:str):
     try: yield
     except InputError as error: raise InputError(f"{where}: {error}") from None
 
-def check_teacher(model:str, name:str, teacher:Run, run:Run) -> None:
-    "Raises `InputError` where `teacher`, of the model type `name`, may have seen images that `run` is tested on."
+def check_teacher(model:str, name:str, teacher:Run, run:Run, role:str="teacher") -> None:
+    """Raises `InputError` where `teacher`, of the model type `name`, may have seen images that `run` is tested on, or
+    keeps no weights. On other data, the runs themselves compare image by image."""
+    if not teacher.keep_weights: raise InputError(
+        f"model {model!r}: {name!r} of study {teacher.study!r} keeps no weights: say keep_weights: true there")
+    if teacher.data != run.data: return
     other = [f"{key}={getattr(teacher, key)!r}" for key in runs.SPLIT if getattr(teacher, key) != getattr(run, key)]
     if not other: return
-    raise InputError(f"model {model!r}: its teacher {name!r} has {', '.join(other)}, and may be trained on images that "
+    raise InputError(f"model {model!r}: its {role} {name!r} has {', '.join(other)}, and may be trained on images that "
                      f"this model is tested on: expected the same {', '.join(runs.SPLIT)}")
 
-def cells_of(model:str, given:dict, own:dict, seeds:list[int], teachers:dict[str, dict[int, Run]]):
-    """Yields the runs of each cell of the model type `model`, seed by seed. `own` are its parameters and the
-    shared ones; `teachers` says by model type and seed which runs teach it."""
+def check_init(model:str, name:str, start:Run, run:Run) -> None:
+    """Raises `InputError` as `check_teacher`, and where `start`, of the model type `name`, is another network than
+    `run`."""
+    check_teacher(model, name, start, run, "init")
+    shape = ["backbone", *models.shape_of(run.backbone)]
+    other = [f"{key}={getattr(start, key)!r}" for key in shape if getattr(start, key) != getattr(run, key)]
+    if other: raise InputError(f"model {model!r}: its init {name!r} has {', '.join(other)}, expected the same network")
+
+def units_of(model:str, own:dict, given:dict, seeds:list[int]) -> list[tuple]:
+    """(seed, fold) of each run of a cell of the model type `model` with the parameters `own`, seed by seed; the fold
+    is None where the seed splits the images. Raises `InputError`."""
+    if own.get("folds") is None: return [(seed, None) for seed in seeds]
+    with at_place(f"model {model!r}"): every = range(number("folds", own["folds"], int, low=2, high=MOST))
+    return list(itertools.product(seeds, given.get("fold", every)))
+
+def learnt_from(model:str, name:str, unit:tuple, known:dict[str, dict[tuple, Run]]) -> Run:
+    """The run of the model type `name` from which one of `model` learns at `unit`: of that seed and fold, or of that
+    seed where its images are split otherwise. Raises `InputError` where there is none."""
+    there = known[name]
+    found = there.get(unit) or there.get((unit[0], None))
+    if found: return found
+    raise InputError(f"model {model!r}: there is no run of {name!r} of seed {unit[0]}" +
+                     ("" if unit[1] is None else f" and fold {unit[1]}") + ", from which it would learn")
+
+def cells_of(model:str, given:dict, own:dict, units:list[tuple], known:dict[str, dict[tuple, Run]]):
+    """Yields the runs of each cell of the model type `model`, unit by unit. `own` are its parameters and the
+    shared ones; `known` says by model type and unit which runs teach it, or are what it starts from."""
     labels = [own["labels"]] if "labels" in own else given["labels"]
     mixes = [own["mix"]] if "mix" in own else given["mixes"]
-    taught_by = {seed: [shown(teachers[name][seed].folder) for name in own["teachers"]] for seed in seeds}
+    def folder_of(name, unit): return shown(learnt_from(model, name, unit, known).folder)
+    def by_unit(unit):
+        seed, fold = unit
+        init = folder_of(own["init"], unit) if own.get("init") else ""
+        return dict(seed=seed, fold=fold, init=init, teachers=[folder_of(name, unit) for name in own["teachers"]])
+    own_of = [own | by_unit(unit) for unit in units]
     for label, mix in itertools.product(labels, mixes):
         with at_place(f"cell {model} / {brief(label)} / {brief(mix)}"):
-            cell = [Run.of(own | dict(labels=label, mix=mix, seed=seed, teachers=taught_by[seed])) for seed in seeds]
+            cell = [Run.of(parameters | dict(labels=label, mix=mix)) for parameters in own_of]
         runs.check_cell(f"cell {model} / {label} / {mix}", cell[0])
-        for name in own["teachers"]: check_teacher(model, name, teachers[name][seeds[0]], cell[0])
+        for name in own["teachers"]: check_teacher(model, name, learnt_from(model, name, units[0], known), cell[0])
+        if start := own.get("init"): check_init(model, start, learnt_from(model, start, units[0], known), cell[0])
         yield cell
 
-def expand(given:dict, seeds:list[int], place:dict, absent:tuple) -> list[tuple[Run, str]]:
+def names_learnt_from(parameters:dict) -> list[str]:
+    "The model types from which one with these `parameters` learns: its teachers and the one that it starts from."
+    return [*parameters.get("teachers", []), *filter(None, [parameters.get("init")])]
+
+def expand(given:dict, seeds:list[int], place:dict, absent:tuple, known:dict) -> list[tuple[Run, str]]:
     """Every run of the study with its model type, cell by cell; `place` holds the parameters `study` and
-    `output`, and the types `absent` are left out. Raises `InputError`, naming cell or model."""
-    made, model_of, one_cell = [], {}, {}     # one_cell: the runs, by seed, of each model type that can teach
-    teaching = {name for parameters in given["models"].values() for name in parameters.get("teachers", [])}
+    `output`, the types `absent` are left out, and `known` holds the runs, by unit, of the model types of other
+    studies that can teach. Raises `InputError`, naming cell or model."""
+    made, model_of, one_cell = [], {}, dict(known)     # one_cell: as `known`, of this study, too
+    teaching = {name for own in (given["shared"], *given["models"].values()) for name in names_learnt_from(own)}
     for model, parameters in given["models"].items():
         if model in absent: continue
         own = dict(teachers=[]) | given["shared"] | parameters | place
         own.pop("if_present", None)
         if model in teaching: own["keep_weights"] = True
-        for teacher in own["teachers"]:
-            if teacher not in one_cell:
-                raise InputError(f"model {model!r}: its teacher {teacher!r} is no model type of one cell above it; "
+        for name in names_learnt_from(own):
+            if name not in one_cell:
+                role = "teacher" if name in own["teachers"] else "init"
+                raise InputError(f"model {model!r}: its {role} {name!r} is no model type of one cell above it; "
                                  f"those are: {', '.join(one_cell) or 'none'}")
         cells = []
-        for cell in cells_of(model, given, own, seeds, one_cell):
+        for cell in cells_of(model, given, own, units_of(model, own, given, seeds), one_cell):
             name = cell[0].cell
             if name in model_of: raise InputError(f"models {model_of[name]!r} and {model!r} both make the cell {name}")
             model_of[name] = model
             cells.append(cell)
             made += [(run, model) for run in cell]
-        if len(cells) == 1: one_cell[model] = {run.seed: run for run in cells[0]}
+        if len(cells) == 1: one_cell[model] = {run.unit: run for run in cells[0]}
     return made
 
 def check_formats(runs) -> None:
@@ -234,36 +279,44 @@ def check_formats(runs) -> None:
                          "give them one number format")
 
 # %% ../nbs/41_study.ipynb #6ef12263
-def reused(path:Path, names:list, within:tuple) -> dict[tuple[str, int], Run]:
-    """By cell and seed, the runs of the studies `names` beside the study file `path`, which is loaded for those
-    `within`. Raises `InputError`."""
+def reused(path:Path, names:list, within:tuple) -> list:
+    """The studies `names` beside the study file `path`, which is loaded for those `within`. Raises `InputError`."""
     for name in names:
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise InputError(f"reuse: {brief(name)}, expected the name of a study beside this one, such as primary")
         if path.with_name(f"{name}.yaml") in (*within, path): raise InputError(f"reuse: {name!r} would reuse itself")
-    others = [load(path.with_name(f"{name}.yaml"), within=(*within, path)) for name in names]
-    return {(run.cell, run.seed): run for other in others for run in other.runs}
+    return [load(path.with_name(f"{name}.yaml"), within=(*within, path)) for name in names]
 
-def borrow(made:list, others:dict) -> list[tuple[Run, str]]:
-    """`made`, with the runs of `others` in place of equal ones. A run that keeps its weights stays: another may
-    not have."""
-    kept = {(run.cell, run.seed): run for run, _ in made if run.keep_weights}
-    nearest = others | kept
-    return [(nearest.get((run.cell, run.seed), run), model) for run, model in made]
+def can_teach(studies:list) -> dict[str, dict[tuple, Run]]:
+    "By model type and unit, the runs of those model types of `studies` that have one cell."
+    found = {}
+    for other in studies:
+        one_cell = [model for model, cells in Counter(other.models.values()).items() if cells == 1]
+        for run in other.runs:
+            model = other.models[run.cell]
+            if model in one_cell: found.setdefault(model, {})[run.unit] = run
+    return found
+
+def borrow(made:list, studies:list) -> list[tuple[Run, str]]:
+    """`made`, with the runs of the other `studies` in place of equal ones. A run that keeps its weights stays:
+    another may not have."""
+    nearest = {(run.cell, run.unit): run for other in studies for run in other.runs}
+    nearest |= {(run.cell, run.unit): run for run, _ in made if run.keep_weights}
+    return [(nearest.get((run.cell, run.unit), run), model) for run, model in made]
 
 def select(made:list, only:str|None, models) -> list[tuple[Run, str]]:
-    "Of the pairs `made` those whose model type or cell contains `only`, and their teachers. Raises `InputError`."
+    "Of the pairs `made` those whose model type or cell contains `only`, and what they learn from. Raises `InputError`."
     if only is None: return made
     chosen = {run for run, model in made if only in model or only in run.cell}
-    teachers = {folder for run in chosen for folder in run.teachers}
+    teachers = {folder for run in chosen for folder in runs.parents(run)}
     found = [(run, model) for run, model in made if run in chosen or shown(run.folder) in teachers]
     if not found: raise InputError(f"no cell contains {only!r}; model types are {', '.join(models)}")
     return found
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs: `runs` in the order in which they are made, seed by seed; `models` names the model type of each
-    `cell`; `absent` are the types whose data is not here."""
+    """A grid of runs: `runs` in the order in which they are made, seed by seed, fold by fold; `models` names the model
+    type of each `cell`; `absent` are the types whose data is not here."""
     path: Path
     runs: tuple[Run, ...]
     models: dict[str, str]
@@ -293,14 +346,18 @@ def load(path, seeds:list[int]|None=None, only:str|None=None, within:tuple=()) -
     given = read(path)
     with at_place(shown(path)):
         given = check(given)
-        seeds = check_seeds(given["seeds"] if seeds is None else seeds)
+        seeds = check_numbers("seeds", given["seeds"] if seeds is None else seeds)
+        if "fold" in given: given["fold"] = check_numbers("fold", given["fold"])
         models, place = given["models"], dict(study=path.stem, output=shown(path.parent))
         absent = tuple(name for name, own in models.items() if not is_present(given["shared"] | own))
-        made = expand(given, seeds, place, absent)
+        others = reused(path, given["reuse"], within)
+        made = expand(given, seeds, place, absent, can_teach(others))
+        if "fold" in given and all(run.folds is None for run, _ in made):
+            raise InputError(f"fold: {given['fold']} has no effect: no model type has folds, such as folds: 10")
         check_formats(run for run, _ in made)
-        made = borrow(made, reused(path, given["reuse"], within))
+        made = borrow(made, others)
         made = select(made, only, models)
-    made.sort(key=lambda pair: seeds.index(pair[0].seed))
+    made.sort(key=lambda pair: (seeds.index(pair[0].seed), -1 if pair[0].fold is None else pair[0].fold))
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
 # %% ../nbs/41_study.ipynb #425effd5
@@ -312,8 +369,10 @@ def notebook_of(run:Run) -> Path:
 ANYWHERE = {"device", "recorded", "data_root", "output"}
 
 def meant(run:Run, name:str):
-    "A parameter of `run`; of a teacher, its study, cell and seed, which are the same wherever the studies lie."
+    """A parameter of `run`; of a run that it learns from, its study, cell and seed, which are the same wherever the
+    studies lie."""
     if name == "teachers": return [Path(folder).parts[-3:] for folder in run.teachers]
+    if name == "init": return Path(run.init).parts[-3:]
     return getattr(run, name)
 
 def finished(run:Run) -> dict:
@@ -548,10 +607,10 @@ def submit(client, wanted:list[Run], sharing:dict, token:str, ours:dict|None) ->
     "Hand `wanted` to the workers of `client`. Returns the run of each future."
     made, tasks, begun = {}, {}, time.perf_counter()     # made: a teacher's future, by its folder
     for n, run in enumerate(wanted):
-        teachers = [made[folder] for folder in run.teachers if folder in made]
+        teachers = [made[folder] for folder in runs.parents(run) if folder in made]
         # a key of its own, since Dask gives an equal one the result that it already has; in the order given, if it can
         task = client.submit(run_notebook, run, sharing, teachers, token, ours, pure=False, priority=-n,
-                             key=f"{run.cell}/seed-{run.seed}-{os.getpid()}-{begun}")
+                             key=f"{run.cell}/{run.folder.name}-{os.getpid()}-{begun}")
         made[shown(run.folder)] = task
         tasks[task] = run
     return tasks
@@ -574,7 +633,8 @@ def follow(tasks:dict, bar, kernels:int, start:float) -> dict[Run, str]:
         failure = failure_of(run, task)
         if failure:
             failures[run] = failure
-            bar.write(f"failed: {run.cell} seed {run.seed}: {failure}")
+            of_fold = "" if run.fold is None else f" fold {run.fold}"
+            bar.write(f"failed: {run.cell} seed {run.seed}{of_fold}: {failure}")
             if notebook_of(run).exists(): bar.write(f"  {shown(notebook_of(run))}")
         bar.update()
         if n == 1 < len(tasks):
@@ -623,14 +683,20 @@ def origin_of(record:dict) -> dict:
         commit=record["commit"], version=versions["soft_cifar"], torch=versions["torch"], threads=hardware["threads"],
         hardware=hardware["gpu"] or hardware["cpu"], number_format=hardware.get("number_format", "float32"))
 
+def pairing(run:Run) -> int:
+    """The number under which runs of two cells are a pair: the seed, and with folds seed * folds + fold, since runs of
+    one seed and one fold share split and start."""
+    return run.seed if run.folds is None else run.seed * run.folds + run.fold
+
 def row_of(run:Run, record:dict) -> dict:
     """Every parameter, metric and phase in the `record` of `run`, which image sets it was made on, and where it
-    came from."""
+    came from. `seed` is the number of its `pairing`; of folds, sizes are those that there were."""
     defaults = {field.name: field.default for field in fields(Run)}     # of parameters that came after the record
     seconds = {f"seconds_{phase}": value for phase, value in record["seconds"].items()}
     sets = {f"{kind}_{what}": record["data"][getattr(run, kind)][what]
             for kind in ("data", "ood") for what in ("fingerprint", "encoding")}
-    size = dict(parameter_count=record["parameter_count"])
+    size = dict(parameter_count=record["parameter_count"], seed=pairing(run))
+    if run.folds: size |= {f"{part}_size": number for part, number in record["sizes"].items()}
     return defaults | record["parameters"] | record["metrics"] | seconds | size | sets | origin_of(record)
 
 def gather(study:Study) -> pd.DataFrame:
@@ -644,12 +710,12 @@ def gather(study:Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 class Predictions(Mapping):
-    """What the runs of `study` that are in `gathered` predicted, by (model, labels, mix, seed): read from their
-    folders when asked for, and not kept."""
+    """What the runs of `study` that are in `gathered` predicted, by (model, labels, mix, seed), where `seed` is the
+    number of the `pairing`: read from their folders when asked for, and not kept."""
     def __init__(self, study:Study, gathered:pd.DataFrame):
         done = set(zip(gathered.cell, gathered.seed)) if len(gathered) else set()
-        self.folders = {(study.models[run.cell], run.labels, run.mix, run.seed): run.folder
-                        for run in study.runs if (run.cell, run.seed) in done}
+        self.folders = {(study.models[run.cell], run.labels, run.mix, pairing(run)): run.folder
+                        for run in study.runs if (run.cell, pairing(run)) in done}
 
     def __getitem__(self, key:tuple) -> dict[str, torch.Tensor]: return runs.load(self.folders[key])[1]
     def __iter__(self): return iter(self.folders)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate', 'epoch_seed', 'shuffled', 'batch', 'Progress', 'duration', 'Trainer', 'validate', 'sgd', 'identity',
            'code', 'write_checkpoint', 'start_over', 'read_checkpoint', 'fits', 'keep_freed_memory', 'Diverged',
-           'Checkpoint', 'check_finite', 'measured_epoch', 'fit', 'step_seconds', 'named_device', 'plan']
+           'Checkpoint', 'check_finite', 'measured_epoch', 'as_it_is', 'fit', 'step_seconds', 'named_device', 'plan']
 
 # %% ../nbs/31_training.ipynb #f2f5bbb8
 import contextlib, ctypes, functools, io, math, os, platform, time
@@ -200,8 +200,9 @@ def sgd(classifier, run:Run) -> torch.optim.SGD:
 # %% ../nbs/31_training.ipynb #4372ee79
 def identity(run:Run, train:ImageSet) -> dict:
     """What a checkpoint must share with a run to continue it: all parameters, the very images and votes, the code that
-    trains, and PyTorch's version."""
+    trains, PyTorch's version, and the weights it started from."""
     parameters = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(run).items()}
+    if run.init: parameters |= dict(started=runs.record(run.init)["weights"])
     return parameters | dict(fingerprint=train.fingerprint, torch=str(torch.__version__), code=code())
 
 @functools.cache
@@ -313,6 +314,15 @@ def measured_epoch(trainer:Trainer, epoch:int, validation_pixels:Tensor, targets
         epoch=epoch + 1, lr=trainer.optimiser.param_groups[0]["lr"].item(), train_loss=train_loss,
         validation_loss=validation_loss, validation_accuracy=accuracy, seconds=time.perf_counter() - start)
 
+def as_it_is(classifier, pixels:Tensor, train_targets:Tensor, validation_pixels:Tensor, targets:Tensor) -> dict:
+    """The row, epoch 0, of a network that is not trained any further: its losses on the training images `pixels`,
+    not augmented, and on the validation images, against their targets."""
+    start = time.perf_counter()
+    train_loss, _ = validate(classifier, pixels, train_targets)
+    validation_loss, accuracy = validate(classifier, validation_pixels, targets)
+    return dict(epoch=0, lr=0., train_loss=train_loss, validation_loss=validation_loss, validation_accuracy=accuracy,
+                seconds=time.perf_counter() - start)
+
 def fit(
     classifier,                   # from `models.create`; trained in place, ends with its best weights
     train:ImageSet,
@@ -322,8 +332,8 @@ def fit(
     progress=None,                # called with the history after each epoch; None: `Progress`
     checkpoint_seconds:float=5.,  # at most one checkpoint in this time
 ) -> list[dict]:                  # a row per epoch, with lr, losses, validation_accuracy and seconds
-    """Train as `run` says and keep the weights of the lowest validation loss. Raises `Diverged` when the loss is NaN or
-    infinite, `DataError` where a checkpoint cannot be written."""
+    """Train as `run` says and keep the weights of the lowest validation loss; of no epochs, measure the network as it
+    is. Raises `Diverged` when the loss is NaN or infinite, `DataError` where a checkpoint cannot be written."""
     keep_freed_memory()
     progress = progress or Progress(run.epochs)
     classifier.to(run.on, memory_format=classifier.memory_format)
@@ -333,6 +343,7 @@ def fit(
     source, targets = source_of(train), source_of(validation).table
     pixels, validation_pixels = train.pixels(run.on), validation.pixels(run.on)
     if source.remark: print(source.remark)
+    if not run.epochs: return [as_it_is(classifier, pixels, source.table, validation_pixels, targets)]
     trainer = Trainer(classifier, sgd(classifier, run), pixels, source, run)
     checkpoint = Checkpoint(folder, trainer, identity(run, train), checkpoint_seconds)
     history, best = checkpoint.resume()
@@ -387,5 +398,5 @@ def plan(run:Run, train:ImageSet) -> str:
     augmentation = "on" if run.augment else "off"
     advice = "" if seconds < 1200 else ". For a first look in minutes: preset='demo'"
     return (f"{run.method} on {run.labels} labels of {run.data}, mix {run.mix}, augmentation {augmentation}: "
-            f"{run.epochs} epochs of {run.train_size:,} images on {named_device(run)}, {about} "
+            f"{run.epochs} epochs of {len(train):,} images on {named_device(run)}, {about} "
             f"{duration(seconds)}{advice}")
