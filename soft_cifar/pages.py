@@ -7,13 +7,13 @@ __all__ = ['UNKNOWN', 'MOST', 'NO_WORDS', 'STYLE', 'SCRIPT', 'mathml', 'titles_i
            'markdown_html', 'without_directives', 'body_of', 'Page', 'mend', 'heading_text', 'contents',
            'colours_of_code']
 
-# %% ../nbs/54_pages.ipynb #26a7e0e8
+# %% ../nbs/54_pages.ipynb #008a6dc1
 import ast, re
 from dataclasses import dataclass
 from pathlib import Path
 from .checks import InputError, brief, escape_html, one_line
 
-# %% ../nbs/54_pages.ipynb #76ac7561
+# %% ../nbs/54_pages.ipynb #23f6137c
 UNKNOWN = {r"\arg": r"\operatorname{arg}", "{aligned}": "{align*}"}     # to latex2mathml, and what says the same
 
 def mathml(latex:str, block:bool=False) -> str:
@@ -29,7 +29,7 @@ def mathml(latex:str, block:bool=False) -> str:
         "or add it to pages.UNKNOWN")
     return made
 
-# %% ../nbs/54_pages.ipynb #13091e03
+# %% ../nbs/54_pages.ipynb #817a8d24
 def titles_in(source:str) -> list[str]:
     "The titles that stand in the Python `source` of a figure as they are, in the order of the code."
     lines = ["pass" if line.startswith(("%", "!")) else line for line in source.splitlines()]
@@ -61,14 +61,14 @@ def described(notebook) -> None:
                 words = ". ".join(dict.fromkeys([*titles_in(cell.source), above.rstrip(".:")]))
                 output.metadata.setdefault(kind, {}).setdefault("alt", words[:MOST] or "figure")
 
-# %% ../nbs/54_pages.ipynb #8e39badc
+# %% ../nbs/54_pages.ipynb #cbe3c2ae
 def question(file:Path) -> str:
     "What the study `file` asks: the first question of its first comment, else that comment's first sentence."
     comment = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
     sentences = re.findall(r"\S.*?[.?:](?=\s|$)", comment) or [file.stem]
     return next((sentence for sentence in sentences if sentence.endswith("?")), sentences[0])
 
-# %% ../nbs/54_pages.ipynb #d4848396
+# %% ../nbs/54_pages.ipynb #abcefeed
 def markdown_html(source:str) -> str:
     "`source`, Markdown with formulas in dollars, as HTML. Raises `InputError` for a formula that `mathml` refuses."
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -98,7 +98,7 @@ def body_of(notebook, code:bool=True) -> str:
     exporter.register_filter("markdown2html", markdown_html)
     return exporter.from_notebook_node(notebook)[0]
 
-# %% ../nbs/54_pages.ipynb #02a46c74
+# %% ../nbs/54_pages.ipynb #bc192bed
 @dataclass(frozen=True)
 class Page:
     """A page: `title`; `body` as HTML; `lead`, HTML that stands above it; `about`, HTML that says where it comes from;
@@ -160,7 +160,7 @@ def colours_of_code() -> str:
     def rules(style): return HtmlFormatter(style=style).get_style_defs(".highlight")
     return f"{rules('default')} @media (prefers-color-scheme: dark) {{ {rules('github-dark')} }}"
 
-# %% ../nbs/54_pages.ipynb #d5a7d909
+# %% ../nbs/54_pages.ipynb #f0a5dbcd
 STYLE = """
 :root { --paper: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --shade: #f6f8fa; --link: #0758b0 }
 @media (prefers-color-scheme: dark) {
@@ -169,7 +169,7 @@ STYLE = """
 html { scroll-padding-top: 4rem }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 }
 a { color: var(--link) }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; overflow-wrap: break-word }
+main { max-width: 66rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; overflow-wrap: break-word }
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem }
 h1 { font-size: 1.9rem; margin-top: 1rem }
 h2 { font-size: 1.35rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem }
@@ -177,7 +177,7 @@ a.anchor-link { visibility: hidden; text-decoration: none; color: var(--soft); p
 :hover > a.anchor-link, a.anchor-link:focus { visibility: visible }
 blockquote { margin: .5rem 0; padding: 0; color: var(--soft); font-size: 1.1rem }
 .lead { font-size: 1.12rem; background: var(--shade); border-left: 4px solid var(--link); padding: .8rem 1rem }
-.lead p { margin: .2rem 0 }
+.lead p, .lead ul { margin: .3rem 0 }
 .about { color: var(--soft); font-size: .88rem }
 code { font: .88em/1.5 ui-monospace, Consolas, monospace; background: var(--shade); border-radius: 3px;
   padding: .1em .25em }
@@ -207,15 +207,15 @@ b.best { color: #b3261e }
   padding: .5rem 1.2rem; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
 .site a { text-decoration: none }
 .site a:first-child, .site [aria-current] { font-weight: 600; color: var(--ink) }
-.contents { font-size: .86rem; max-width: 60rem; margin: 1rem auto 0; padding: 0 1.2rem }
+.contents { font-size: .86rem; max-width: 66rem; margin: 1rem auto 0; padding: 0 1.2rem }
 .contents ul { margin: .3rem 0; padding-left: 1.1rem }
 .pages { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; border-top: 1px solid var(--line);
   padding-top: .8rem }
 .studies { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
 .study { border: 1px solid var(--line); border-radius: 6px; padding: 0 1rem 1rem }
 .study h3 { margin: 1rem 0 .3rem }
-@media (min-width: 1420px) {
-  .contents { position: fixed; top: 4rem; left: 1.2rem; width: calc(50vw - 31.5rem); margin: 0; padding: 0;
+@media (min-width: 1520px) {
+  .contents { position: fixed; top: 4rem; left: 1.2rem; width: calc(50vw - 34.5rem); margin: 0; padding: 0;
     max-height: calc(100vh - 5rem); overflow-y: auto } }
 @media (max-width: 40rem) {
   main { padding: .6rem .8rem 3rem }
@@ -252,5 +252,5 @@ for (const table of document.querySelectorAll("table")) {
   }
 }
 // on a phone, and where the page is narrow, the contents start folded
-if (innerWidth < 1420) document.querySelector(".contents details")?.removeAttribute("open")
+if (innerWidth < 1520) document.querySelector(".contents details")?.removeAttribute("open")
 """

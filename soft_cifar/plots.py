@@ -249,14 +249,14 @@ def verdict_title(pooled) -> str:
     if not groups: return "Soft minus hard labels: intervals, no verdicts"
     return "Soft labels: " + "; ".join(f"{verdict} in {listed(names)}" for verdict, names in groups.items())
 
-def better_title(part, metric:str) -> str:
-    """How many rows of `metric` have an interval on the better side of hard labels, and which; where no side is better,
-    how many have one without zero."""
+def better_title(part, metric:str, most:int=3) -> str:
+    """How many rows of `metric` have an interval on the better side of hard labels, and which, `most` of them by name;
+    where no side is better, how many have one without zero."""
     entry = lookup(metric)
     above, below = (part.low > 0).sum(), (part.high < 0).sum()
     if not entry.direction: return f"{entry.label}: {above + below} of {len(part)} intervals exclude zero"
     ahead = part[(part.low > 0) if entry.direction > 0 else (part.high < 0)]
-    named = f": {listed(ahead.configuration)}" if len(ahead) else ""
+    named = f": {listed(ahead.configuration, most)}" if len(ahead) else ""
     return f"{entry.label}: {len(ahead)} of {len(part)} intervals lie on the better side of hard labels{named}"
 
 def forest(differences) -> Figure:
@@ -398,6 +398,7 @@ def tradeoff_panel(ax, cells, name:str, colors:dict) -> None:
                 fillstyle=FILLS[cell.mix], ms=7)
     better = "up" if lookup(name).direction > 0 else "down"
     ax.set(xlabel="accuracy", ylabel=f"{lookup(name).label}\n({better} is better)")
+    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
 
 def tradeoff_legend(cells:list, names:dict, colors:dict) -> list:
     "What each colour, marker and filling means where cells are many; else the cells (model, labels, mix) by `names`."
@@ -416,8 +417,11 @@ def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_human
     moving = gathered.labels.isin(varies)
     colors, dashes = colors_of([*varies, *gathered[~moving].model.unique()]), ("--", ":", "-.")
     values = sorted(gathered.loc[moving, parameter].unique())
-    fig, axes = plt.subplots(1, len(names), figsize=(2.7 * len(names), 3), layout="constrained")
-    for ax, name in zip(axes, names):
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)     # rounded up
+    fig, axes = plt.subplots(lines, columns, figsize=(3 * columns, .5 + 2.4 * lines), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(names):]: ax.axis("off")
+    for ax, name in zip(axes.flat, names):
         for labels in varies: sweep_curve(ax, gathered[gathered.labels == labels], parameter, name, colors[labels])
         for i, (model, runs) in enumerate(gathered[~moving].groupby("model", sort=False)):
             ax.axhline(runs[name].mean(), ls=dashes[i % 3], lw=1.4, color=colors[model], label=model)
@@ -428,7 +432,7 @@ def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_human
         ax.set_xlabel(parameter)
         ax.set_title(lookup(name).label, fontsize=10)
     fig.suptitle(sweep_title(gathered[gathered.labels == varies[0]], parameter, names), fontsize=10)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return fig
 
 def sweep_curve(ax, runs, parameter:str, name:str, color) -> None:
@@ -449,10 +453,11 @@ def sweep_title(runs, parameter:str, names) -> str:
     changes = []
     for name in dict.fromkeys((names[0], names[-1])):
         d = paired_differences(high.loc[both, name], low.loc[both, name])
-        interval = f" [{d.low:+.3f}, {d.high:+.3f}]" if d.n > 1 else ""
-        changes.append(f"{lookup(name).label} {d.estimate:+.3f}{interval}")
+        metric = lookup(name)
+        interval = f" [{metric.difference(d.low)}, {metric.difference(d.high)}]" if d.n > 1 else ""
+        changes.append(f"{metric.title} {metric.difference(d.estimate)} {metric.unit}".rstrip() + interval)
     what = parameter if parameter == labels else f"{labels}, {parameter}"
-    return f"{what} from {least:g} to {most:g}: " + ", ".join(changes)
+    return f"{what} from {least:g} to {most:g}: " + "; ".join(changes)
 
 # %% ../nbs/51_plots.ipynb #1afae45d
 def ood_scores(gathered) -> Figure:
@@ -466,7 +471,7 @@ def ood_scores(gathered) -> Figure:
         for j, model in enumerate(models):
             values = gathered.loc[gathered.model == model, column].dropna()
             y = i + (j - (len(models) - 1) / 2) * .8 / len(models)     # the models of a score below each other
-            ax.plot(values, [y] * len(values), ".", color=colors[model], alpha=.5, ms=4, mew=0)
+            ax.plot(values, [y] * len(values), ".", color=colors[model], alpha=.6, ms=6, mew=0)
             if len(values): ax.plot(values.mean(), y, "|", color=colors[model], ms=8, mew=2)
     ax.axvline(.5, color="grey", lw=.8)
     ax.set(yticks=range(len(scores)), yticklabels=scores.values(), ylim=(len(scores) - .5, -.5))
@@ -497,23 +502,24 @@ def mean_entropies(kept:list[dict], edges:Tensor) -> tuple[list, list]:
     return [votes[group == g].mean() for g in there], [own[group == g].mean() for g in there]
 
 def entropy_against_people(predictions:Mapping) -> Figure:
-    """Mean entropy of the model by that of people's votes, soft and hard labels side by side, from predictions by
-    (model, labels, mix, seed), without mixing."""
+    """Mean entropy of the model by that of people's votes, soft and hard labels side by side where both are there, from
+    predictions by (model, labels, mix, seed), without mixing."""
     models = list(dict.fromkeys(model for model, *_ in predictions))
     colors = colors_of(models)
-    fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), sharey=True, sharex=True, layout="constrained")
+    both = [labels for labels in ("soft", "hard") if any(key[1] == labels for key in predictions)]
+    fig, axes = plt.subplots(
+        1, len(both), figsize=(3.75 * len(both), 3), sharey=True, sharex=True, layout="constrained", squeeze=False)
     edges = torch.tensor([-1e-9, 1e-9, .1, .25, .5, .9, 2.4])
-    for ax, labels in zip(axes, ("soft", "hard")):
+    for ax, labels in zip(axes[0], both):
         ax.plot([0, 1.4], [0, 1.4], "--", color="grey", lw=1)
         for model in models:
             kept = [predictions[key] for key in predictions if key[:3] == (model, labels, "none")]
             kept = [p for p in kept if "counts" in p]
             if kept: ax.plot(*mean_entropies(kept, edges), "o-", color=colors[model], ms=4, label=model)
         ax.set(title=f"{labels} labels", xlabel="entropy of people's votes, nats")
-    axes[0].set_ylabel("model's entropy, nats")
-    labelled = axes[0] if len(axes[0].lines) > 1 else axes[1]     # a panel with the dashed line alone names no model
-    labelled.legend(frameon=False, fontsize=8)
-    fig.suptitle("A model that doubts as people do follows the dashed line", fontsize=11)
+    axes[0, 0].set_ylabel("model's entropy, nats")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    fig.suptitle("A model that doubts as people do\nfollows the dashed line", fontsize=10)
     return fig
 
 def cost(gathered) -> Figure:

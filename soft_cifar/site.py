@@ -7,7 +7,7 @@ __all__ = ['COPIED', 'settings', 'address', 'repository', 'target_of', 'resolved
            'card', 'unanswered', 'row', 'home', 'navigation', 'neighbours', 'written', 'build', 'readme',
            'write_readme', 'write_benchmark', 'main']
 
-# %% ../nbs/70_site.ipynb #cd7385c4
+# %% ../nbs/70_site.ipynb #053e53f9
 import base64, configparser, os, posixpath, re, shutil, sys
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from pathlib import Path
 from .checks import DataError, escape_html, one_line, project_path, shown
 from .pages import Page, body_of, described, markdown_html, question
 
-# %% ../nbs/70_site.ipynb #31811f79
+# %% ../nbs/70_site.ipynb #6dd11694
 def settings() -> configparser.SectionProxy:
     "The project's `settings.ini`."
     parser = configparser.ConfigParser()
@@ -33,7 +33,7 @@ def repository(path:str="") -> str:
     kind = "tree" if path and project_path(path).is_dir() else "blob"
     return f"https://github.com/{names['user']}/{names['repo']}" + (f"/{kind}/{names['branch']}/{path}" if path else "")
 
-# %% ../nbs/70_site.ipynb #1c20cb90
+# %% ../nbs/70_site.ipynb #9e76e3e8
 def target_of(source:str) -> str:
     "The page of the site that is made from the file `source` of the project; else `source` itself."
     if source in ("README.md", "nbs/index.ipynb"): return "guide.html"
@@ -51,7 +51,7 @@ def resolved(link:str, source:str, files) -> str:
         raise DataError(f"{source} links to {link}, which is not there: correct the link in that file")
     return repository(meant)
 
-# %% ../nbs/70_site.ipynb #d8ae29e8
+# %% ../nbs/70_site.ipynb #e017b449
 @dataclass(frozen=True)
 class Lesson:
     "A notebook in nbs/ by its stem."
@@ -96,7 +96,7 @@ def lessons() -> list[Lesson]:
     run = [stem for stem in ("train", "explore", "report", "benchmark") if stem in stems]
     return [Lesson(stem) for stem in [*run, *sorted(stems - {*run})]]
 
-# %% ../nbs/70_site.ipynb #a7adb2e3
+# %% ../nbs/70_site.ipynb #fc221823
 @dataclass(frozen=True)
 class Report:
     "A compiled report in report/ by the name of its study."
@@ -132,7 +132,7 @@ def reports() -> list[Report]:
     names = [path.parent.name for path in project_path("report").glob("*/index.html")]
     return [Report(name) for name in sorted(names, key=lambda name: (name != "primary", name == "benchmark", name))]
 
-# %% ../nbs/70_site.ipynb #23c89c88
+# %% ../nbs/70_site.ipynb #927982ba
 def card(report:Report) -> str:
     "A report in the list of studies: question, answer, figure."
     file = project_path(f"runs/{report.name}.yaml")
@@ -166,7 +166,7 @@ def home() -> Page:
             f"</thead><tbody>{rows}</tbody></table>")
     return Page("soft_cifar", body)
 
-# %% ../nbs/70_site.ipynb #e78508b4
+# %% ../nbs/70_site.ipynb #5481ad54
 def navigation(source:str) -> str:
     "The links at the top of the page made from the file `source`."
     places = {"soft_cifar": "index.html", "Studies": "index.html#studies", "Lessons": "index.html#lessons",
@@ -227,11 +227,12 @@ def build(place) -> list[Path]:
     finally: shutil.rmtree(partial, ignore_errors=True)
     return sorted(path for path in place.rglob("*") if path.is_file())
 
-# %% ../nbs/70_site.ipynb #7da7b273
+# %% ../nbs/70_site.ipynb #8f93d871
 def readme(notebook, folder:str) -> tuple[str, dict]:
     "`notebook` as Markdown, and its figures, for a `folder` below it: {path: bytes}."
     import nbconvert
     described(notebook)
+    notebook.metadata["language_info"] = dict(name="python")     # which nbdev_clean leaves out
     exporter = nbconvert.MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.register_preprocessor(
         nbconvert.preprocessors.TagRemovePreprocessor(remove_input_tags={"hide"}), enabled=True)
@@ -240,6 +241,7 @@ def readme(notebook, folder:str) -> tuple[str, dict]:
     for output in outputs:     # in the order in which the exporter takes them
         words = output.get("metadata", {}).get("image/png", {}).get("alt")
         if words: text = text.replace("![png]", f"![{words}]", 1)
+    text = re.sub(r"\n```\n+```python\n", "\n", text)     # code of two cells, one after the other
     lines = (line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n", resources["outputs"]
 
@@ -261,7 +263,7 @@ def write_benchmark() -> None:
     page = Page("soft_cifar: benchmark", body_of(lesson.notebook, code=False))
     project_path("report/benchmark/index.html").write_text(page.html())
 
-# %% ../nbs/70_site.ipynb #7357ccd9
+# %% ../nbs/70_site.ipynb #9f099f19
 def main(words) -> None:
     "`python -m soft_cifar.site FOLDER` builds the site there; `readme` and `benchmark` write the two pages."
     if words == ["readme"]: return write_readme()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'WORDS', 'human_scores', 'best_of', 'comparable',
            'beside_published', 'column', 'table1', 'entry', 'wide', 'markdown', 'latex', 'html', 'difference_row',
-           'pairs_of', 'in_words', 'soft_minus_hard', 'with_verdicts', 'names_of', 'against_hard', 'amount',
+           'pairs_of', 'in_words', 'soft_minus_hard', 'with_verdicts', 'names_of', 'against_hard', 'amount', 'amounts',
            'seen_from', 'finding', 'claim_sentences', 'readable', 'verdict_text', 'claims_beside']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
@@ -137,7 +137,9 @@ def latex(rows) -> str:
 
 def html(rows) -> str:
     "`rows` of html texts, the header first, as a table."
-    def line(row, tag): return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in row) + "</tr>"
+    def line(row, tag):
+        cells = "".join(f"<{tag}>{text}</{tag}>" for text in row)
+        return f"<tr>{cells}</tr>".replace(" ± ", "&nbsp;±&nbsp;")     # a number and its spread stay on one line
     body = "".join(line(row, "td") for row in rows[1:])
     return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
@@ -221,6 +223,11 @@ def amount(row) -> str:
     metric = lookup(row.metric)
     estimate, low, high = (metric.difference(x) for x in (row.estimate, row.low, row.high))
     return f"{metric.title} (" + f"{estimate} [{low}, {high}] {metric.unit}".rstrip() + ")"
+
+def amounts(differences:pd.DataFrame) -> str:
+    "The pooled rows of `soft_minus_hard` in words, without verdicts."
+    pooled = differences[differences.configuration == "pooled"]
+    return ", ".join(amount(row) for row in pooled.itertuples())
 
 def seen_from(row) -> str:
     "The smallest effect that matters, and the smallest that the design sees."
