@@ -7,13 +7,13 @@ __all__ = ['UNKNOWN', 'MOST', 'NO_WORDS', 'STYLE', 'SCRIPT', 'mathml', 'titles_i
            'markdown_html', 'without_directives', 'body_of', 'Page', 'mend', 'heading_text', 'contents',
            'colours_of_code']
 
-# %% ../nbs/54_pages.ipynb #008a6dc1
+# %% ../nbs/54_pages.ipynb #5f118f8f
 import ast, re
 from dataclasses import dataclass
 from pathlib import Path
 from .checks import InputError, brief, escape_html, one_line
 
-# %% ../nbs/54_pages.ipynb #23f6137c
+# %% ../nbs/54_pages.ipynb #72cfaf80
 UNKNOWN = {r"\arg": r"\operatorname{arg}", "{aligned}": "{align*}"}     # to latex2mathml, and what says the same
 
 def mathml(latex:str, block:bool=False) -> str:
@@ -29,7 +29,7 @@ def mathml(latex:str, block:bool=False) -> str:
         "or add it to pages.UNKNOWN")
     return made
 
-# %% ../nbs/54_pages.ipynb #817a8d24
+# %% ../nbs/54_pages.ipynb #54ad0745
 def titles_in(source:str) -> list[str]:
     "The titles that stand in the Python `source` of a figure as they are, in the order of the code."
     lines = ["pass" if line.startswith(("%", "!")) else line for line in source.splitlines()]
@@ -61,14 +61,14 @@ def described(notebook) -> None:
                 words = ". ".join(dict.fromkeys([*titles_in(cell.source), above.rstrip(".:")]))
                 output.metadata.setdefault(kind, {}).setdefault("alt", words[:MOST] or "figure")
 
-# %% ../nbs/54_pages.ipynb #cbe3c2ae
+# %% ../nbs/54_pages.ipynb #301f8074
 def question(file:Path) -> str:
     "What the study `file` asks: the first question of its first comment, else that comment's first sentence."
     comment = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
     sentences = re.findall(r"\S.*?[.?:](?=\s|$)", comment) or [file.stem]
     return next((sentence for sentence in sentences if sentence.endswith("?")), sentences[0])
 
-# %% ../nbs/54_pages.ipynb #abcefeed
+# %% ../nbs/54_pages.ipynb #abd3871b
 def markdown_html(source:str) -> str:
     "`source`, Markdown with formulas in dollars, as HTML. Raises `InputError` for a formula that `mathml` refuses."
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -98,7 +98,7 @@ def body_of(notebook, code:bool=True) -> str:
     exporter.register_filter("markdown2html", markdown_html)
     return exporter.from_notebook_node(notebook)[0]
 
-# %% ../nbs/54_pages.ipynb #bc192bed
+# %% ../nbs/54_pages.ipynb #e8ac69da
 @dataclass(frozen=True)
 class Page:
     """A page: `title`; `body` as HTML; `lead`, HTML that stands above it; `about`, HTML that says where it comes from;
@@ -160,7 +160,7 @@ def colours_of_code() -> str:
     def rules(style): return HtmlFormatter(style=style).get_style_defs(".highlight")
     return f"{rules('default')} @media (prefers-color-scheme: dark) {{ {rules('github-dark')} }}"
 
-# %% ../nbs/54_pages.ipynb #f0a5dbcd
+# %% ../nbs/54_pages.ipynb #651c1db1
 STYLE = """
 :root { --paper: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --shade: #f6f8fa; --link: #0758b0 }
 @media (prefers-color-scheme: dark) {
@@ -176,7 +176,7 @@ h2 { font-size: 1.35rem; border-bottom: 1px solid var(--line); padding-bottom: .
 a.anchor-link { visibility: hidden; text-decoration: none; color: var(--soft); padding-left: .4rem }
 :hover > a.anchor-link, a.anchor-link:focus { visibility: visible }
 blockquote { margin: .5rem 0; padding: 0; color: var(--soft); font-size: 1.1rem }
-.lead { font-size: 1.12rem; background: var(--shade); border-left: 4px solid var(--link); padding: .8rem 1rem }
+.lead { font-size: 1.12rem; background: var(--shade); border-left: 4px solid var(--link); padding: .8rem 1rem; margin: 1rem 0 }
 .lead p, .lead ul { margin: .3rem 0 }
 .about { color: var(--soft); font-size: .88rem }
 code { font: .88em/1.5 ui-monospace, Consolas, monospace; background: var(--shade); border-radius: 3px;
@@ -221,7 +221,9 @@ b.best { color: #b3261e }
   main { padding: .6rem .8rem 3rem }
   h1 { font-size: 1.5rem }
   th, td { padding: .25rem .45rem }
-  th:first-child, td:first-child { max-width: 9rem } }
+  th:first-child, td:first-child { max-width: 9rem }
+  .output_svg, .output_png { overflow-x: auto }
+  .output_svg img, .output_png img { max-width: 40rem } }
 """
 SCRIPT = """
 function key(cell) {     // a number comes before its name, and what is missing last
