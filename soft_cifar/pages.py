@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MOST', 'NO_WORDS', 'STYLE', 'SCRIPT', 'mathml', 'titles_in', 'plain', 'described', 'question',
-           'markdown_html', 'without_directives', 'body_of', 'Page', 'mend', 'heading_text', 'contents',
+           'markdown_html', 'without_directives', 'exporter', 'body_of', 'Page', 'mend', 'heading_text', 'contents',
            'colours_of_code']
 
 # %% ../nbs/54_pages.ipynb #5f118f8f
-import ast, re
+import ast, functools, re
 from dataclasses import dataclass
 from pathlib import Path
 from .checks import InputError, brief, escape_html, one_line
@@ -88,15 +88,20 @@ def without_directives(notebook) -> None:
         if not hidden and (cell.source or cell.get("outputs")): kept.append(cell)
     notebook.cells = kept
 
+@functools.cache
+def exporter(code:bool):
+    "What makes HTML of a notebook; it takes a second to make."
+    import nbconvert
+    made = nbconvert.HTMLExporter(
+        template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True)
+    made.register_filter("markdown2html", markdown_html)
+    return made
+
 def body_of(notebook, code:bool=True) -> str:
     "The cells of `notebook` as HTML, with their `code` or with outputs and text alone. Changes `notebook`."
-    import nbconvert     # takes a second
     described(notebook)
     without_directives(notebook)
-    exporter = nbconvert.HTMLExporter(
-        template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.register_filter("markdown2html", markdown_html)
-    return exporter.from_notebook_node(notebook)[0]
+    return exporter(code).from_notebook_node(notebook)[0]
 
 # %% ../nbs/54_pages.ipynb #e8ac69da
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ def contents(soup) -> str:
     return ('<nav class="contents" aria-label="On this page"><details open><summary>On this page</summary>'
             f'<ul>{"".join(links)}</ul></details></nav>')
 
+@functools.cache
 def colours_of_code() -> str:
     "The style of code, light and dark."
     from pygments.formatters import HtmlFormatter

@@ -120,8 +120,9 @@ class Report:
 
     @property
     def answer(self) -> str:
-        "What it found, as HTML."
-        return self.soup.select_one(".lead").decode_contents()
+        "What it found, as HTML. Raises `DataError` where the page does not say it."
+        if lead := self.soup.select_one(".lead"): return lead.decode_contents()
+        raise DataError(f"{self.source} has no answer: compile it again, soft-cifar report runs/{self.name}.yaml")
 
     def page(self) -> Page:
         "Its page, without links to others."
@@ -256,11 +257,16 @@ def write_readme() -> None:
 
 def write_benchmark() -> None:
     "Write report/benchmark/index.html from nbs/benchmark.ipynb, as it was executed: title, answer, what came out; the rest."
+    from bs4 import BeautifulSoup
     lesson = Lesson("benchmark")
     title, *cells = lesson.notebook.cells
     first = next(i for i, cell in enumerate(cells) if "answer" in cell.metadata.get("tags", []))
     lesson.notebook.cells = [title, *cells[first:], *(cell for cell in cells[:first] if cell.cell_type == "markdown")]
-    page = Page("soft_cifar: benchmark", body_of(lesson.notebook, code=False))
+    soup = BeautifulSoup(body_of(lesson.notebook, code=False), "html.parser")
+    for link in soup.select("a[href]"):
+        if re.match(r"[a-z]+:|#", link["href"]): continue
+        link["href"] = posixpath.relpath(posixpath.join("nbs", link["href"]), "report/benchmark")
+    page = Page("soft_cifar: benchmark", str(soup))
     project_path("report/benchmark/index.html").write_text(page.html())
 
 # %% ../nbs/70_site.ipynb #9f099f19
