@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test soak lab notebooks benchmark wheelhouse clean
+.PHONY: demo test soak lab notebooks benchmark site wheelhouse clean
 
 demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
@@ -27,15 +27,16 @@ notebooks: $(READY)       ## after an edit: export the module, run the lessons, 
 	$(BIN)/python -c 'from soft_cifar import parameters; parameters.write_parameters_cell()'
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/[0-9]*.ipynb nbs/index.ipynb
 	$(BIN)/nbdev_clean
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-prompt --TagRemovePreprocessor.remove_input_tags=hide \
-	    --NbConvertApp.output_files_dir=report/readme --output-dir . --output README nbs/index.ipynb
-	sed -i.bak 's/!\[png\]/![What soft labels change, measure by measure, with intervals over seeds]/' README.md && rm README.md.bak
+	$(BIN)/python -m soft_cifar.site readme
 
 benchmark: $(READY)       ## measure this machine and write report/benchmark/, minutes
 	$(BIN)/python -m soft_cifar.benchmark everything report/benchmark
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/benchmark.ipynb
 	$(BIN)/nbdev_clean
-	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir report/benchmark --output index nbs/benchmark.ipynb
+	$(BIN)/python -m soft_cifar.site benchmark
+
+site: $(READY)            ## lessons and reports as pages, in _site/; open _site/index.html
+	$(BIN)/python -m soft_cifar.site _site
 
 # The report, and its pyarrow and JupyterLab, stay at home.
 HOST_PYTHON ?= 3.12
