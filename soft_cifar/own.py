@@ -293,7 +293,8 @@ def study_of(image_set:ImageSet, root=None) -> str:
     labels = ["soft", "hard"] + ["dawid_skene"] * (image_set.annotations is not None)
     return "\n".join([
         f"# Are the votes of {image_set.name} worth it? Their share (soft), their majority (hard), and fewer of them.",
-        "# Small, to see it work. For an answer: preset compact, 20 seeds, and without the last four lines of `shared`.",
+        "# Small, to see it work. For an answer: preset compact, 20 seeds, and without the last four lines of "
+        "`shared`.",
         "shared:", *[f"  {name}: {value}" for name, value in shared.items()],
         "models:", "  all votes: {}", *curve, f"labels: [{', '.join(labels)}]", "seeds: [0, 1, 2]", ""])
 
