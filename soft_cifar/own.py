@@ -52,9 +52,9 @@ def rows_of(path:Path) -> list[tuple[int, list[str]]]:
     if len(rows) < 2: raise problem(path, "holds no votes, expected a line of column names and lines of votes")
     return rows
 
-def natural(name:str) -> list:
+def natural(name:str) -> tuple:
     "The key by which `2.png` comes before `10.png`."
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 # %% ../nbs/43_own.ipynb #66326305
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def read_annotations(path:Path, rows, images:list[str], classes=None) -> Votes:
 def read_counts(path:Path, header:list[str], rows, images:list[str], classes=None) -> Votes:
     "Votes from `rows` of counts, whose columns `header` names. Raises `DataError`, naming file and line."
     named = [name for name in header if name != "image"]
+    if "" in named: raise problem(path, "a column has no name, perhaps one of row numbers: take it out", 1)
     classes = named if classes is None else list(classes)
     if set(classes) != set(named): raise problem(
         path, f"a column for each of {brief(named)}, expected one for each of the classes {brief(classes)}", 1)
@@ -292,7 +293,8 @@ def study_of(image_set:ImageSet, root=None) -> str:
     labels = ["soft", "hard"] + ["dawid_skene"] * (image_set.annotations is not None)
     return "\n".join([
         f"# Are the votes of {image_set.name} worth it? Their share (soft), their majority (hard), and fewer of them.",
-        "# Small, to see it work. For an answer: preset compact, 20 seeds, and without the last four lines of `shared`.",
+        "# Small, to see it work. For an answer: preset compact, 20 seeds, and without the last four lines of "
+        "`shared`.",
         "shared:", *[f"  {name}: {value}" for name, value in shared.items()],
         "models:", "  all votes: {}", *curve, f"labels: [{', '.join(labels)}]", "seeds: [0, 1, 2]", ""])
 

@@ -99,7 +99,8 @@ class Experiment:
     seed:whole("of the split, the initial weights and everything random in training", 0, high=10**12) = 0
     # what it learns from
     data:optional(Annotated[str, label, "cifar10h, oracle, ..."]) = None
-    ood:optional(Annotated[str, label, "out-of-distribution images; None: svhn; for the oracle and sets of one's own oracle_ood"]) = None
+    ood:optional(Annotated[
+        str, label, "out-of-distribution images; None: svhn; for the oracle and sets of one's own oracle_ood"]) = None
     labels:word("what the target of an image is", label_sources.sources) = "soft"
     teachers:of("labels", Annotated[
         tuple, folders, "of labels kd and ..._ldl: run folders of trained networks, kept with keep_weights"]) = ()

@@ -94,6 +94,12 @@ def test_wrong_counts_are_named(case, lines, message):
     assert re.search(r"votes\.csv, " + message, said), said
 
 
+def test_a_column_of_row_numbers_is_no_class(case):
+    (case / "votes.csv").write_text("\n".join([",image,dot,ring", *[f"{i},{i}.png,1,2" for i in range(6)]]))
+    said = refusal(case)
+    assert "votes.csv, line 1: a column has no name" in said, said
+
+
 def test_an_image_without_votes(case):
     said = refusal(table_of(case, before="01245"))
     assert "votes.csv: no line votes on 1 of the 6 images: '3.png'" in said, said
