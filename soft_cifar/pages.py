@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MOST', 'NO_WORDS', 'STYLE', 'SCRIPT', 'mathml', 'titles_in', 'plain', 'described', 'question',
-           'markdown_html', 'without_directives', 'exporter', 'body_of', 'Page', 'mend', 'heading_text', 'contents',
-           'colours_of_code']
+           'markdown_html', 'without_directives', 'exporter', 'body_of', 'Page', 'mend', 'slug', 'heading_text',
+           'contents', 'colours_of_code']
 
 # %% ../nbs/54_pages.ipynb #5f118f8f
 import ast, functools, re
@@ -134,9 +134,13 @@ NO_WORDS = "No description has been provided for this image"     # nbconvert's, 
 
 def mend(soup) -> None:
     "Mend a parsed body in place: see above."
-    for link in soup.select("a.anchor-link"):
-        link.string = "#"
-        link["aria-label"] = "link to this section"
+    taken = set()
+    for element in soup.select("h1[id], h2[id], h3[id]"):
+        element["id"] = slug(heading_text(element), taken)
+        for link in element.select("a.anchor-link"):
+            link.string = "#"
+            link["href"] = f"#{element['id']}"
+            link["aria-label"] = "link to this section"
     for table in soup.find_all("table"):
         if "scroll" not in table.parent.get("class", []): table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
         table.parent["tabindex"] = "0"     # so that a keyboard scrolls it
@@ -146,6 +150,14 @@ def mend(soup) -> None:
         elif element.get("alt", NO_WORDS) in ("", NO_WORDS): element["alt"] = f"Figure: {section}"
         if element.name == "img": element["loading"] = "lazy"
     for tag in soup.find_all("style"): tag.decompose()     # pandas' own, for each table
+
+def slug(heading:str, taken:set) -> str:
+    "The name that GitHub gives a section, so that a link leads there on both; not one in `taken`, to which it goes."
+    plain_name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+    names = [plain_name, *(f"{plain_name}-{i}" for i in range(1, len(taken) + 1))]
+    name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return name
 
 def heading_text(element) -> str:
     "The text of a heading, without the sign that links to it."
@@ -182,7 +194,8 @@ h2 { font-size: 1.35rem; border-bottom: 1px solid var(--line); padding-bottom: .
 a.anchor-link { visibility: hidden; text-decoration: none; color: var(--soft); padding-left: .4rem }
 :hover > a.anchor-link, a.anchor-link:focus { visibility: visible }
 blockquote { margin: .5rem 0; padding: 0; color: var(--soft); font-size: 1.1rem }
-.lead { font-size: 1.12rem; background: var(--shade); border-left: 4px solid var(--link); padding: .8rem 1rem; margin: 1rem 0 }
+.lead { font-size: 1.12rem; background: var(--shade); border-left: 4px solid var(--link); padding: .8rem 1rem;
+  margin: 1rem 0 }
 .lead p, .lead ul { margin: .3rem 0 }
 .about { color: var(--soft); font-size: .88rem }
 code { font: .88em/1.5 ui-monospace, Consolas, monospace; background: var(--shade); border-radius: 3px;
@@ -194,7 +207,7 @@ pre code { background: none; padding: 0; font-size: 1em }
   white-space: pre-wrap }
 img, svg { max-width: 100%; height: auto }
 img { background: #fff; border-radius: 4px }
-math[display=block] { overflow-x: auto; overflow-y: hidden; max-width: 100%; margin: .8rem 0 }
+math[display=block] { overflow-x: auto; overflow-y: hidden; max-width: 100%; margin: .8rem 0; padding: .5rem 0 }
 .scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 4px }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: 100% }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }

@@ -394,8 +394,8 @@ def tradeoff(gathered, measured:Results|None=None) -> Figure:
 def tradeoff_panel(ax, cells, name:str, colors:dict) -> None:
     "A panel of `tradeoff`: the metric `name` against accuracy, a row of `cells` a point."
     for cell in cells.itertuples():
-        ax.plot(cell.accuracy, getattr(cell, name), MARKERS.get(cell.labels, "8"), color=colors[cell.model],
-                fillstyle=FILLS[cell.mix], ms=7)
+        ax.plot(cell.accuracy, getattr(cell, name), ls="", marker=MARKERS.get(cell.labels, "8"), ms=7,
+                color=colors[cell.model], fillstyle=FILLS[cell.mix])
     better = "up" if lookup(name).direction > 0 else "down"
     ax.set(xlabel="accuracy", ylabel=f"{lookup(name).label}\n({better} is better)")
     ax.xaxis.set_major_locator(plt.MaxNLocator(4))
@@ -442,7 +442,7 @@ def sweep_curve(ax, runs, parameter:str, name:str, color) -> None:
     estimates = [m.estimate for m in means.values()]
     below = [m.estimate - m.low for m in means.values()]
     above = [m.high - m.estimate for m in means.values()]
-    ax.errorbar(list(means), estimates, [below, above], fmt=f"{MARKERS.get(labels, '8')}-", ms=5, capsize=2,
+    ax.errorbar(list(means), estimates, [below, above], marker=MARKERS.get(labels, "8"), ms=5, capsize=2,
                 color=color, label=labels)
 
 def sweep_title(runs, parameter:str, names) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIED', 'settings', 'address', 'repository', 'target_of', 'resolved', 'Lesson', 'lessons', 'Report', 'reports',
-           'card', 'unanswered', 'row', 'home', 'navigation', 'neighbours', 'written', 'build', 'readme',
+           'first_of', 'card', 'unanswered', 'row', 'home', 'navigation', 'neighbours', 'written', 'build', 'readme',
            'write_readme', 'write_benchmark', 'main']
 
 # %% ../nbs/70_site.ipynb #053e53f9
@@ -88,7 +88,8 @@ class Lesson:
             about += f' · module <a href="../{module}">{module}</a>'
         command = f"jupyter nbconvert --to notebook --execute --inplace {self.source}"
         if self.stem == "train": command = "papermill nbs/train.ipynb out.ipynb -p preset demo"
-        return Page(self.title, body_of(self.notebook), about=f"{about} · run again: <code>{command}</code>")
+        about += f" · run again: <code>{command}</code>"
+        return Page(f"{self.title} · soft_cifar", body_of(self.notebook), about=about)
 
 def lessons() -> list[Lesson]:
     "Every notebook in nbs/ but index, whose page is the guide; those that people run come first."
@@ -126,7 +127,7 @@ class Report:
 
     def page(self) -> Page:
         "Its page, without links to others."
-        return Page(self.title, self.soup.main.decode_contents())
+        return Page(f"Report: {self.title} · soft_cifar", self.soup.main.decode_contents())
 
 def reports() -> list[Report]:
     "Every report that is there: that on the primary study first, that on speed last."
@@ -134,13 +135,20 @@ def reports() -> list[Report]:
     return [Report(name) for name in sorted(names, key=lambda name: (name != "primary", name == "benchmark", name))]
 
 # %% ../nbs/70_site.ipynb #927982ba
+def first_of(answer:str) -> str:
+    "The first paragraph or list of the HTML `answer`, and the next one where the first ends in a colon."
+    from bs4 import BeautifulSoup
+    parts = BeautifulSoup(answer, "html.parser").find_all(["p", "ul"], recursive=False)
+    return "".join(map(str, parts[:2 if parts[0].get_text().rstrip().endswith(":") else 1]))
+
 def card(report:Report) -> str:
     "A report in the list of studies: question, answer, figure."
     file = project_path(f"runs/{report.name}.yaml")
     asked = question(file) if file.exists() else report.title
     figure = report.soup.main.find("img")
     image = f'<img src="{figure["src"]}" alt="{escape_html(figure["alt"])}">' if figure else ""
-    return (f'<section class="study"><h3><a href="{report.source}">{escape_html(asked)}</a></h3>{report.answer}'
+    heading = f'<h3><a href="{report.source}">{escape_html(asked)}</a></h3>'
+    return (f'<section class="study">{heading}{first_of(report.answer)}'
             f'<a href="{report.source}">{image}</a></section>')
 
 def unanswered(made) -> str:
@@ -256,7 +264,7 @@ def write_readme() -> None:
     project_path("README.md").write_text(text)
 
 def write_benchmark() -> None:
-    "Write report/benchmark/index.html from nbs/benchmark.ipynb, as it was executed: title, answer, what came out; the rest."
+    "Write report/benchmark/index.html from nbs/benchmark.ipynb, as it was executed: title, answer, results, the rest."
     from bs4 import BeautifulSoup
     lesson = Lesson("benchmark")
     title, *cells = lesson.notebook.cells
