@@ -93,7 +93,7 @@ def prepare(method:str, images:int, **options):
     "(`Run`, training images, classifier) of the published protocol on as many images of the oracle set."
     run = Run(method=method, data="oracle", train_size=images, **options)
     train = data.load("oracle").subset(torch.arange(images))
-    return run, train, models.create(method, run.seed, **run.model)
+    return run, train, models.for_data(method, train, run.seed, **run.model)
 
 def trainer_of(run:Run, train, classifier, words:str="soft") -> training.Trainer:
     "What `training.fit` trains with."
@@ -184,8 +184,9 @@ def replay_difference(method:str, mix:str) -> dict:
     run = Run(preset="demo", method=method, mix=mix, labels="ols", train_size=300, depth=8, batch_size=64, **mixed)
     train, *_ = data.split(data.load("oracle"), (300, 1, 1), 0)
     def losses(recorded):
-        "The loss of each epoch."
-        trainer = trainer_of(replace(run, recorded=recorded), train, models.create(method, 0, **run.model), "ols")
+        "The loss of each epoch of a classifier that starts anew."
+        untrained = models.for_data(method, train, 0, **run.model)
+        trainer = trainer_of(replace(run, recorded=recorded), train, untrained, "ols")
         return [trainer.epoch(epoch) for epoch in range(4)]
     torch.use_deterministic_algorithms(True)
     try: pairs = list(zip(losses(True), losses(False)))
@@ -210,7 +211,7 @@ def evaluation_time(method:str, images:int=1500) -> dict:
     sizes = run.train_size, run.validation_size, images
     train, validation, test = data.split(data.load("oracle"), sizes, 0)
     other = data.load("oracle_ood").subset(torch.arange(images))
-    classifier = models.create(method, 0, **run.model).to(run.on)
+    classifier = models.for_data(method, train, 0, **run.model).to(run.on)
     classifier = classifier.to(memory_format=classifier.memory_format).eval()
     finish = seconds_of(lambda: classifier.finish(train.pixels(run.on)))
     evaluate = seconds_of(lambda: evaluation.evaluate(classifier, train, validation, test, other, run))
@@ -242,7 +243,7 @@ def accuracies(seed:int) -> dict:
         run = Run(preset="demo", seed=seed, bfloat16=bfloat16)
         sizes = run.train_size, run.validation_size, run.test_size
         train, validation, test = data.split(data.load("oracle"), sizes, seed)
-        classifier = models.create(run.method, seed, **run.model)
+        classifier = models.for_data(run.method, train, seed, **run.model)
         training.fit(classifier, train, validation, run)
         log_probs, _ = evaluation.predict(classifier, test.pixels(run.on))
         return (log_probs.argmax(1).cpu() == evaluation.judged_by(test, run)).float().mean().item()

@@ -30,7 +30,12 @@ class Parts:
     def __str__(self):
         sizes = (f"train {len(self.train):,}, validation {len(self.validation):,}, test {len(self.test):,}, "
                  f"OOD {len(self.ood):,}")
-        return f"{self.whole}\n{self.other}\n{sizes}\n{self.further}".strip()
+        lines = [str(self.whole), str(self.other), sizes]
+        size, other = (" x ".join(map(str, part.images.shape[1:3])) for part in (self.whole, self.other))
+        if size != other: lines.append(
+            f"test images have {size} pixels, OOD images {other}: their size alone may tell them apart")
+        if str(self.further): lines.append(str(self.further))
+        return "\n".join(lines)
 
 def prepare(run:Run) -> Parts:
     """The images that `run` learns from and is measured on. Raises `DataError` where they are missing, damaged, lack

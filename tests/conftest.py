@@ -1,4 +1,4 @@
-"""What the tests share: fixtures, kernels that stop in mid-training, and the closing line that counts what really ran."""
+"""What the tests share: fixtures, kernels that stop in mid-training, and the closing line that counts what ran."""
 import os
 import signal
 import subprocess
@@ -24,7 +24,8 @@ def real_data():
 
 
 def copy_of_the_project(folder):
-    "Copies what notebooks and module need, tracked and new files, so that nothing touches the original; returns their paths."
+    """Copies what notebooks and module need, tracked and new files, so that nothing touches the original. Returns their
+    paths."""
     wanted = "settings.ini", "pyproject.toml", "nbs", "soft_cifar"
     words = ["git", "ls-files", "-co", "--exclude-standard", *wanted]
     files = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -46,7 +47,8 @@ def differences(one, two):
 
 @contextmanager
 def started(words, said, **environment):
-    "The process of the command `words`, which writes to the file `said`. What is left of it and its children is killed."
+    """The process of the command `words`, which writes to the file `said`. What is left of it and its children is
+    killed."""
     def listen():     # a job in the background of a script inherits a deaf ear for Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(said, "w") as file:
@@ -83,8 +85,8 @@ def wait_for(condition, process, said):
 
 
 def watched(words, said):
-    """(exit status, what it said, the most memory [bytes] that it and its children took together) of the command `words`,
-    which writes to the file `said`."""
+    """(exit status, what it said, the most memory [bytes] that it and its children took together) of the command
+    `words`, which writes to the file `said`."""
     peak = 0
     with started(words, said) as process:
         while process.poll() is None:

@@ -1,8 +1,9 @@
-"""Break it for as long as you like: kill studies at random moments, damage every kind of file, and stop at the first number that changes in silence.
+"""Break it for as long as you like: kill studies, damage files, and stop at the first number that changes in silence.
 
     make soak MINUTES=30        or        python tests/soak.py --minutes 30 [--seed 7]
 
-Not part of `make test`. Each time other accidents, from the seed that it prints first; with that seed, the same damage again.
+Not part of `make test`. Each time other accidents, at random moments and to every kind of file, from the seed that it
+prints first; with that seed, the same damage again.
 """
 import argparse
 import collections
@@ -28,7 +29,8 @@ from soft_cifar.checks import StudyError
 from soft_cifar.parameters import Run
 
 STUDY = """
-shared: {preset: demo, depth: 8, epochs: 5, warmup: 0, milestones: [4], train_size: 300, validation_size: 50, test_size: 100, ood_size: 50}
+shared: {preset: demo, depth: 8, epochs: 5, warmup: 0, milestones: [4],
+         train_size: 300, validation_size: 50, test_size: 100, ood_size: 50}
 models:
   teacher: {labels: hard}
   taught: {labels: off_ldl, teachers: [teacher]}
@@ -48,8 +50,10 @@ def file_in(place):
 
 
 def start(file):
+    "The process that makes the study in `file`, in a session of its own."
     words = [sys.executable, "-m", "soft_cifar.cli", "study", str(file), "--jobs", "1", "--repair"]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    heard = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, cwd=ROOT, **heard, start_new_session=True)
 
 
 def numbers(file):
@@ -64,9 +68,10 @@ def numbers(file):
 
 def equal(one, other):
     "Whether two nested values hold the same, tensors and NaN included."
-    if isinstance(one, dict): return isinstance(other, dict) and one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if type(one) is not type(other): return False
+    if isinstance(one, dict): return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)): return len(one) == len(other) and all(map(equal, one, other))
-    if torch.is_tensor(one): return torch.is_tensor(other) and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    if torch.is_tensor(one): return one.dtype == other.dtype and torch.equal(one, other)
     return one == other or one != one and other != other
 
 
@@ -85,16 +90,18 @@ def kill_once(file, chance):
 
 
 def kills(place, wanted, chance):
-    "A study that is killed up to three times and then left alone: complete, once, the same numbers, and nothing else in its folders."
+    """A study that is killed up to three times and then left alone: complete, once, the same numbers, and nothing else
+    in its folders."""
     file = file_in(place)
     for _ in range(chance.randint(1, 3)): kill_once(file, chance)
     process = start(file)
     said, _ = process.communicate(timeout=600)
     if process.returncode: raise Silent(f"a study that was killed cannot be finished:\n{said[-3000:]}")
     if not equal(numbers(file), wanted): raise Silent("a study that was killed ends in other numbers")
-    again = subprocess.run([sys.executable, "-m", "soft_cifar.cli", "study", str(file)], cwd=ROOT, capture_output=True, text=True)
+    again = start(file)     # whoever finds runs done sweeps up around them
+    said, _ = again.communicate(timeout=600)
     left = sorted(path.name for path in file.parent.glob("small/*/*"))
-    if again.returncode or left != ["seed-0"] * len(wanted): raise Silent(f"left behind: {left}\n{again.stdout[-2000:]}")
+    if again.returncode or left != ["seed-0"] * len(wanted): raise Silent(f"left behind: {left}\n{said[-2000:]}")
     counted["studies killed, whole in the end"] += 1
 
 
@@ -111,6 +118,11 @@ def mutate(content, chance):
     return bytes(content)
 
 
+def changes(whole, damaged):
+    "How `damaged` differs from `whole`, in words."
+    return f"{len(whole)} bytes, {sum(map(int.__ne__, whole, damaged))} differ, {len(damaged)} now"
+
+
 def damage(name, path, read, chance):
     "Damage the file `path`; what `read()` says afterwards is an error of ours, or what it said before."
     whole = path.read_bytes()
@@ -121,27 +133,38 @@ def damage(name, path, read, chance):
         with contextlib.redirect_stdout(io.StringIO()): after = read()
         if after is None: counted[f"{name}: noticed"] += 1
         elif equal(before, after): counted[f"{name}: harmless"] += 1
-        else: raise Silent(f"{name}: {path.name} was damaged ({len(whole)} bytes, {sum(a != b for a, b in zip(whole, damaged))} differ, {len(damaged)} now), and reads as something else")
+        else: raise Silent(f"{name}: {path.name} was damaged ({changes(whole, damaged)}), and reads as something else")
     except StudyError: counted[f"{name}: noticed"] += 1
     except Silent: raise
-    except Exception as error: raise Silent(f"{name}: {path.name} was damaged, and reading it ends in {type(error).__name__}: {error}") from error
+    except Exception as error:
+        ending = f"{type(error).__name__}: {error}"
+        raise Silent(f"{name}: {path.name} was damaged, and reading it ends in {ending}") from error
     finally: path.write_bytes(whole)
+
+
+def contents(image_set):
+    "What must not change in silence of an image set."
+    return image_set.images, image_set.labels, image_set.counts, image_set.classes, image_set.encoding
 
 
 def readers(place, file):
     "(name, file, what reads it) of every kind of file that numbers come from."
     teacher, taught = study.load(file).runs
     for folder in (teacher.folder, taught.folder):
-        for name in ("metrics.json", "predictions.npz", "history.csv"): yield name, folder / name, lambda folder=folder: runs.load(folder)
+        for name in ("metrics.json", "predictions.npz", "history.csv"):
+            yield name, folder / name, lambda folder=folder: runs.load(folder)
     yield "weights", teacher.folder / "weights.pt", lambda: runs.classifier(teacher.folder).state_dict()
     made = data.load("oracle").subset(torch.arange(200))
     archive = data.write_archive(replace(made, name="some", posterior=None, index=None), place)
-    yield "archive", archive, lambda: (lambda s: (s.images, s.labels, s.counts, s.classes, s.encoding))(data.read_archive(archive))
-    run = Run(preset="demo", depth=8, epochs=5, warmup=0, milestones=(4,), train_size=64, validation_size=20, test_size=50, ood_size=50)
+    yield "archive", archive, lambda: contents(data.read_archive(archive))
+    run = Run(preset="demo", depth=8, epochs=5, warmup=0, milestones=(4,),
+              train_size=64, validation_size=20, test_size=50, ood_size=50)
     train, validation, _ = data.split(data.load("oracle"), (64, 20, 50), 0)
-    training.fit(models.create("basic", 0, **run.model), train, validation, run, place, lambda history: None, checkpoint_seconds=0)
-    yield "checkpoint", place / "checkpoint.pt", lambda: training.read_checkpoint(place / "checkpoint.pt", training.identity(run, train), "cpu")
-    yield "study file", file, lambda: bool(study.load(file))     # may mean another study, and must not end in a traceback
+    classifier, checkpoint = models.create("basic", 0, **run.model), place / "checkpoint.pt"
+    training.fit(classifier, train, validation, run, place, lambda history: None, checkpoint_seconds=0)
+    yield "checkpoint", checkpoint, lambda: training.read_checkpoint(checkpoint, training.identity(run, train), "cpu")
+    # it may mean another study, and must not end in a traceback
+    yield "study file", file, lambda: bool(study.load(file))
 
 
 def main():
@@ -157,7 +180,8 @@ def main():
             said, _ = start(file).communicate(timeout=1200)
             wanted = numbers(file)
             files = list(readers(Path(place), file))
-            rounds, end = 0, time.monotonic() + 60 * arguments.minutes     # from here: making what is then broken does not count
+            # from here on: making what is then broken does not count
+            rounds, end = 0, time.monotonic() + 60 * arguments.minutes
             while time.monotonic() < end:
                 for _ in range(200): damage(*chance.choice(files), chance)
                 if time.monotonic() < end: kills(Path(place) / f"killed-{rounds}", wanted, chance)

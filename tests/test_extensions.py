@@ -1,4 +1,5 @@
-"""A new method, label source, network or data set is one file: each is added to a copy of the project, and a run uses them all."""
+"""A new method, label source, network or data set is one file: each is added to a copy of the project, and a run uses
+them all."""
 import json
 import os
 import subprocess
@@ -81,8 +82,10 @@ class VGG(Backbone):
 
 
 def notebook(module, code):
-    cells = [f"#| default_exp {module}", f"#| export{code}"]
-    cells = [dict(cell_type="code", id=str(i), metadata={}, execution_count=None, outputs=[], source=s.splitlines(keepends=True)) for i, s in enumerate(cells)]
+    "A notebook that exports `code` to `module`, as JSON."
+    sources = [f"#| default_exp {module}", f"#| export{code}"]
+    empty = dict(cell_type="code", metadata={}, execution_count=None, outputs=[])
+    cells = [empty | dict(id=str(i), source=text.splitlines(keepends=True)) for i, text in enumerate(sources)]
     return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
 
 
@@ -96,7 +99,8 @@ def extended(tmp_path_factory):
     "A copy of the project with one notebook more for each extension, exported, and its parameters cell written anew."
     place = tmp_path_factory.mktemp("extended")
     copy_of_the_project(place)
-    for number, module, code in ((26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.vgg", NETWORK)):
+    added = (26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.vgg", NETWORK)
+    for number, module, code in added:
         (place / "nbs" / f"{number:02d}_added.ipynb").write_text(notebook(module, code))
     export = [Path(sys.executable).with_name("nbdev_export")]
     write = [sys.executable, "-c", "from soft_cifar import parameters; parameters.write_parameters_cell()"]
@@ -106,12 +110,14 @@ def extended(tmp_path_factory):
 
 def test_each_is_one_file(extended):
     "Nothing else in the copy differs from the project but the index of the module and the parameters cell."
-    there = [path for folder in ("nbs", "soft_cifar") for path in (extended / folder).rglob("*") if path.suffix in (".py", ".ipynb")]
-    files = [path.relative_to(extended) for path in there]     # not those of the project: its lessons may be running
+    # not those of the project: its lessons may be running
+    there = [path for folder in ("nbs", "soft_cifar") for path in (extended / folder).rglob("*")]
+    files = [path.relative_to(extended) for path in there if path.suffix in (".py", ".ipynb")]
     def as_before(file): return (ROOT / file).exists() and (ROOT / file).read_bytes() == (extended / file).read_bytes()
     changed = {str(file) for file in files if not as_before(file)}
     added = {"nbs/09_added.ipynb", "nbs/26_added.ipynb", "nbs/27_added.ipynb"}
-    made = {"soft_cifar/models/evidential.py", "soft_cifar/labels/confusion.py", "soft_cifar/backbones/vgg.py", "soft_cifar/_modidx.py"}
+    modules = "models/evidential.py", "labels/confusion.py", "backbones/vgg.py", "_modidx.py"
+    made = {f"soft_cifar/{name}" for name in modules}
     assert changed == added | made | {"nbs/train.ipynb"}, changed
     cell = (extended / "nbs" / "train.ipynb").read_text()
     assert "of evidential: epochs until it pulls in full" in cell and "of vgg: channels of the first block" in cell
@@ -123,8 +129,10 @@ def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
     images = torch.randint(256, (120, 64, 64, 3), generator=g).to(torch.uint8)
     labels, counts = torch.randint(4, (120,), generator=g), torch.randint(1, 9, (120, 4), generator=g)
     write_archive(ImageSet("four", images, labels, counts, "made up", tuple("abcd")), extended / "data")
-    parameters = dict(preset="demo", data="four", ood="oracle_ood", method="evidential", strength=.2, annealing=2, labels="one_confusion",
-                      rounds=3, backbone="vgg", width=4, epochs=2, schedule="one_cycle", data_root="data", train_size=60, validation_size=20, test_size=40, ood_size=40)
+    parameters = dict(
+        preset="demo", data="four", ood="oracle_ood", data_root="data", epochs=2, schedule="one_cycle",
+        method="evidential", strength=.2, annealing=2, labels="one_confusion", rounds=3, backbone="vgg", width=4,
+        train_size=60, validation_size=20, test_size=40, ood_size=40)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", "out.ipynb", *words]
     done = subprocess.run(command, cwd=extended, env=its_own(extended), capture_output=True, text=True)

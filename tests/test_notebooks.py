@@ -217,7 +217,8 @@ def test_imports_point_down():
                 below = floor[target] < floor[module_of[path.stem]]
                 assert below, f"{path.stem} imports {target}, which is not below it"
         texts = {node.value for node in ast.walk(exported) if isinstance(node, ast.Constant)}
-        for package in texts.intersection(("soft_cifar.models", "soft_cifar.backbones", "soft_cifar.labels")):     # whose modules it finds
+        # the packages whose modules it finds
+        for package in texts.intersection(("soft_cifar.models", "soft_cifar.backbones", "soft_cifar.labels")):
             for target in (module for module in floor if module.startswith(f"{package}.")):
                 below = floor[target] < floor[module_of[path.stem]]
                 assert below, f"{path.stem} finds {target}, which is not below it"

@@ -1,4 +1,5 @@
-"""Whatever comes in, a number in its range or a sentence comes out: parameters, metrics and study files on inputs that nobody chose."""
+"""Whatever comes in, a number in its range or a sentence comes out: parameters, metrics and study files on inputs that
+nobody chose."""
 import math
 from dataclasses import asdict, fields
 
@@ -13,8 +14,9 @@ from soft_cifar.parameters import Run
 
 quick = settings(max_examples=100, deadline=None, derandomize=False, database=None)
 
+words = st.sampled_from(["soft", "hard", "oracle", "auto", "sngp", 10**400, "no\nsuch", "a" * 500])
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["soft", "hard", "oracle", "auto", "sngp", 10**400, "no\nsuch", "a" * 500]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
 
 
@@ -63,10 +65,14 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("studies")
 def test_a_study_file_is_a_study_or_a_sentence(folder):
     "Texts, and files that look like studies with anything in them."
     keys = st.fixed_dictionaries({}, optional={name: plain for name in study.KEYS})
-    likely = st.fixed_dictionaries(dict(models=st.dictionaries(st.text(max_size=4), st.dictionaries(st.sampled_from(["labels", "teachers", "data", "if_present", "seed", "epochs"]), plain, max_size=2), max_size=2), seeds=st.lists(plain, max_size=2)))
+    parameters = st.sampled_from(["labels", "teachers", "data", "if_present", "seed", "epochs"])
+    model = st.dictionaries(parameters, plain, max_size=2)
+    models = st.dictionaries(st.text(max_size=4), model, max_size=2)
+    likely = st.fixed_dictionaries(dict(models=models, seeds=st.lists(plain, max_size=2)))
+    def encodable(text): return not any(0xd800 <= ord(c) < 0xe000 for c in text)
 
     @quick
-    @given(st.text(max_size=60).filter(lambda text: not any(0xd800 <= ord(c) < 0xe000 for c in text)) | (keys | likely).map(lambda tree: yaml.safe_dump(tree)))
+    @given(st.text(max_size=60).filter(encodable) | (keys | likely).map(yaml.safe_dump))
     def check(text):
         try: study.load(write(folder, text))
         except StudyError as error: assert len(str(error)) < 3000 and "any.yaml" in str(error), error
@@ -80,7 +86,9 @@ def predictions(draw):
     n, k, seed = draw(st.integers(1, 30)), draw(st.integers(3, 12)), draw(st.integers(0, 2**31))
     g = torch.Generator().manual_seed(seed)
     logits = draw(st.sampled_from([.1, 1., 30., 1000.])) * torch.randn(n, k, generator=g, dtype=torch.float64)
-    return logits.log_softmax(1), torch.randint(k, (n,), generator=g), torch.randint(0, 9, (n, k), generator=g) + torch.eye(k, dtype=torch.long)[torch.randint(k, (n,), generator=g)]
+    labels, votes = torch.randint(k, (n,), generator=g), torch.randint(0, 9, (n, k), generator=g)
+    one_more = torch.eye(k, dtype=torch.long)[torch.randint(k, (n,), generator=g)]     # no image is without votes
+    return logits.log_softmax(1), labels, votes + one_more
 
 
 @quick
@@ -88,7 +96,8 @@ def predictions(draw):
 def test_metrics_are_in_their_range(made):
     p, y, votes = made
     q = votes.double() / votes.sum(1, keepdim=True)
-    unit = [metrics.accuracy(p, y), metrics.ece(p, y), metrics.ece_equal_mass(p, y), metrics.ece_debiased(p, y), metrics.ece_true_class(p, y), metrics.uce(p, y), metrics.ece_votes(p, q), metrics.tv_to_humans(p, q)]
+    errors = metrics.ece, metrics.ece_equal_mass, metrics.ece_debiased, metrics.ece_true_class, metrics.uce
+    unit = [f(p, y) for f in (metrics.accuracy, *errors)] + [metrics.ece_votes(p, q), metrics.tv_to_humans(p, q)]
     assert all(-1e-9 <= value <= 1 + 1e-9 for value in unit), unit
     assert 0 <= metrics.brier(p, y) <= 2 and 0 <= metrics.brier(p, q) <= 2 and metrics.nll(p, y) >= 0
     assert -1e-6 <= metrics.js_to_humans(p, q) <= math.log(2) + 1e-6 and metrics.kl_to_humans(p, q) >= -1e-6
@@ -102,13 +111,15 @@ def test_metrics_do_not_depend_on_the_order_of_images_or_the_names_of_classes(ma
     q, g = votes.double() / votes.sum(1, keepdim=True), torch.Generator().manual_seed(seed)
     images, classes = torch.randperm(len(p), generator=g), torch.randperm(p.shape[1], generator=g)
     there = classes.argsort()[y][images]
+    moved_p, moved_q = p[images][:, classes], q[images][:, classes]
     for f in (metrics.accuracy, metrics.nll, metrics.brier, metrics.ece, metrics.ece_true_class, metrics.uce):
-        assert math.isclose(f(p, y), f(p[images][:, classes], there), rel_tol=1e-9, abs_tol=1e-9), f.__name__
+        assert math.isclose(f(p, y), f(moved_p, there), rel_tol=1e-9, abs_tol=1e-9), f.__name__
     for f in (metrics.brier, metrics.kl_to_humans, metrics.js_to_humans, metrics.tv_to_humans, metrics.ece_votes):
-        assert math.isclose(f(p, q), f(p[images][:, classes], q[images][:, classes]), rel_tol=1e-6, abs_tol=1e-6), f.__name__
+        assert math.isclose(f(p, q), f(moved_p, moved_q), rel_tol=1e-6, abs_tol=1e-6), f.__name__
 
 
-scores = st.lists(st.integers(-3, 3) | st.floats(-5, 5), min_size=1, max_size=30).map(lambda values: torch.tensor(values, dtype=torch.float64))
+score = st.integers(-3, 3) | st.floats(-5, 5)
+scores = st.lists(score, min_size=1, max_size=30).map(lambda values: torch.tensor(values, dtype=torch.float64))
 
 
 @quick

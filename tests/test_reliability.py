@@ -1,4 +1,5 @@
-"""What damage, misuse and accidents must not do: change a number in silence, or end in a traceback. Each case failed once."""
+"""What damage, misuse and accidents must not do: change a number in silence, or end in a traceback. Each case failed
+once."""
 import contextlib
 import io
 import json
@@ -21,7 +22,8 @@ from soft_cifar.checks import StudyError, error_of
 from soft_cifar.parameters import Run
 
 STUDY = """
-shared: {preset: demo, depth: 8, epochs: 1, schedule: one_cycle, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
+shared: {preset: demo, depth: 8, epochs: 1, schedule: one_cycle,
+         train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
 models:
   basic: {method: basic}
 labels: [soft]
@@ -30,7 +32,8 @@ seeds: [0, 1]
 
 
 def soft_cifar(*words, **how):
-    return subprocess.run([sys.executable, "-m", "soft_cifar.cli", *map(str, words)], cwd=ROOT, capture_output=True, text=True, **how)
+    command = [sys.executable, "-m", "soft_cifar.cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **how)
 
 
 def study_in(place, text=STUDY):
@@ -50,10 +53,10 @@ def bomb(levels, last):
 WRONG_FILES = {
     "not UTF-8": (STUDY.encode() + b"# \xff\xfe", "UTF-8"),
     "a NUL": (STUDY + "# \0", "UTF-8"),
-    "an impossible date": (STUDY.replace("[0, 1]", "[2020-99-99]"), "line 6"),
-    "no int": (STUDY.replace("[0, 1]", "[!!int x]"), "line 6"),
+    "an impossible date": (STUDY.replace("[0, 1]", "[2020-99-99]"), "line 7"),
+    "no int": (STUDY.replace("[0, 1]", "[!!int x]"), "line 7"),
     "400 digits": (STUDY.replace("[0, 1]", f"[{'9' * 400}]"), "seeds[0]"),
-    "5,000 digits": (STUDY.replace("[0, 1]", f"[{'9' * 5000}]"), "line 6"),
+    "5,000 digits": (STUDY.replace("[0, 1]", f"[{'9' * 5000}]"), "line 7"),
     "sexagesimal": (STUDY.replace("[0, 1]", "[1:30]"), "seeds[0]='1:30'"),
     "a nested seed": (STUDY.replace("[0, 1]", "[[0]]"), "seeds[0]"),
     "nested teachers": (STUDY.replace("{method: basic}", "{teachers: [[basic]]}"), "expected a list of model types"),
@@ -84,13 +87,17 @@ def test_a_wrong_study_file_gets_a_sentence(tmp_path, text, said):
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path):
     "A leading zero means nothing, and an exponent needs no point."
-    found = study.load(study_in(tmp_path, STUDY.replace("[0, 1]", "[010, 0o10, 0x1F]").replace("method: basic", "lr: 5e-2, weight_decay: .5, fgsm_eps: 1.")))
+    text = STUDY.replace("[0, 1]", "[010, 0o10, 0x1F]")
+    text = text.replace("method: basic", "lr: 5e-2, weight_decay: .5, fgsm_eps: 1.")
+    found = study.load(study_in(tmp_path, text))
     assert [run.seed for run in found.runs] == [10, 8, 31]
     assert {(run.lr, run.weight_decay, run.fgsm_eps) for run in found.runs} == {(.05, .5, 1.)}
 
 
-ODD_NOTEBOOKS = [b"", b"{", b"\xff", b"[]", b"7", b"null", b"{}", *(json.dumps(dict(cells=cells)).encode() for cells in (
-    None, 3, "text", [None], [[]], [{"outputs": None}], [{"outputs": [None]}], [{"outputs": [{}]}], [{"outputs": [{"output_type": "error"}]}]))]
+ODD_OUTPUTS = [None, [None], [{}], [{"output_type": "error"}]]
+ODD_CELLS = [None, 3, "text", [None], [[]], *([dict(outputs=outputs)] for outputs in ODD_OUTPUTS)]
+ODD_NOTEBOOKS = [b"", b"{", b"\xff", b"[]", b"7", b"null", b"{}"]
+ODD_NOTEBOOKS += [json.dumps(dict(cells=cells)).encode() for cells in ODD_CELLS]
 
 
 @pytest.mark.parametrize("content", ODD_NOTEBOOKS, ids=range(len(ODD_NOTEBOOKS)))
@@ -111,12 +118,19 @@ def port():
         return s.getsockname()[1]
 
 
-WORKER = ("--nthreads", 1, "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
-
-
 def dask(*words, cwd, **more):
+    "A process of Dask's own command, started in the folder `cwd` and with the package that is there."
+    command = [sys.executable, "-m", "dask", *map(str, words)]
     environment = os.environ | dict(PYTHONPATH=str(cwd)) | more
-    return subprocess.Popen([sys.executable, "-m", "dask", *map(str, words)], cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def scheduler_and_worker(address, cwd=ROOT, **more):
+    "The two processes, a scheduler that listens at `address` and one worker of it."
+    host = address.rsplit(":", 1)[0] if address.startswith("tls") else "127.0.0.1"
+    scheduler = dask("scheduler", "--host", address, "--no-dashboard", cwd=cwd, **more)
+    alone = "--nthreads", 1, "--no-nanny", "--no-dashboard"
+    return [scheduler, dask("worker", address, *alone, "--host", host, cwd=cwd, **more)]
 
 
 def stop(processes):
@@ -138,18 +152,26 @@ def strangers(tmp_path_factory):
     "(the address of a scheduler, the clone of another version in which its one worker was started)."
     there = copy_of_the_code(tmp_path_factory.mktemp("there"), "9.9.9")
     address = f"tcp://127.0.0.1:{port()}"
-    started = [dask("scheduler", "--host", address, "--no-dashboard", cwd=there), dask("worker", address, *WORKER, cwd=there)]
+    started = scheduler_and_worker(address, there)
     yield address, there
     stop(started)
 
 
+def assert_refused(done, message):
+    "The process that is `done` ended in `message`, without a traceback."
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, said
+
+
 def test_a_worker_of_another_clone_is_refused(strangers, tmp_path):
-    "Its runs would lie in its own folders. The study lies inside the checkout: its path is relative, and means another folder there."
+    """Its runs would lie in its own folders. The study lies inside the checkout: its path is relative, and means
+    another folder there."""
     address, there = strangers
     here = copy_of_the_code(tmp_path / "here", "9.9.9")
     command = [sys.executable, "-m", "soft_cifar.cli", "study", study_in(here), "--scheduler", address]
-    done = subprocess.run(command, cwd=here, env=os.environ | dict(PYTHONPATH=str(here)), capture_output=True, text=True)
-    assert done.returncode == 1 and "sees other folders" in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+    environment = os.environ | dict(PYTHONPATH=str(here))
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    assert_refused(done, "sees other folders")
     assert not [*here.rglob("seed-*"), *here.rglob("*.here"), *there.rglob("seed-*")]
 
 
@@ -157,16 +179,16 @@ def test_a_worker_of_another_version_is_refused(strangers, tmp_path):
     "The study lies outside both checkouts, so that folders agree and the code does not."
     address, _ = strangers
     done = soft_cifar("study", study_in(tmp_path), "--scheduler", address)
-    assert done.returncode == 1 and "version 9.9.9 instead of" in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert_refused(done, "version 9.9.9 instead of")
     assert not [*tmp_path.rglob("seed-*"), *tmp_path.rglob("*.here")]
 
 
 def test_a_scheduler_that_is_killed_gives_a_sentence():
     "While a run of two minutes is under way."
     address = f"tcp://127.0.0.1:{port()}"
-    started = [dask("scheduler", "--host", address, "--no-dashboard", cwd=ROOT), dask("worker", address, *WORKER, cwd=ROOT)]
+    started, gone = scheduler_and_worker(address), pytest.raises(StudyError, match="is gone: finished runs are kept")
     try:
-        with config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(StudyError, match="is gone: finished runs are kept"):
+        with config.set({"distributed.comm.timeouts.connect": "1s"}), gone:
             with study.workers(1, address, 1, patience=60) as (client, sharing):
                 assert sharing == {"127.0.0.1": 1}
                 task = client.submit(time.sleep, 120)
@@ -178,8 +200,8 @@ def test_a_scheduler_that_is_killed_gives_a_sentence():
 def certificate(place):
     "A certificate for both ends of a connection, signed by itself, and its key."
     made, key = place / "cert.pem", place / "key.pem"
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=soft_cifar", "-keyout", key, "-out", made]
-    subprocess.run(words, check=True, capture_output=True)
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=soft_cifar -keyout".split()
+    subprocess.run([*command, key, "-out", made], check=True, capture_output=True)
     return made, key
 
 
@@ -188,14 +210,18 @@ def test_a_scheduler_behind_tls(tmp_path):
     "As the README says it: who has the certificate takes part, who has none gets no answer."
     made, key = certificate(tmp_path)
     settings = {"tls.ca-file": str(made), "require-encryption": True}
-    for role in ("scheduler", "worker", "client"): settings |= {f"tls.{role}.cert": str(made), f"tls.{role}.key": str(key)}
-    secure = {f"DASK_DISTRIBUTED__COMM__{name.upper().replace('.', '__').replace('-', '_')}": str(value) for name, value in settings.items()}
+    for role in ("scheduler", "worker", "client"):
+        settings |= {f"tls.{role}.cert": str(made), f"tls.{role}.key": str(key)}
+    def variable(name): return f"DASK_DISTRIBUTED__COMM__{name.upper().replace('.', '__').replace('-', '_')}"
+    secure = {variable(name): str(value) for name, value in settings.items()}
     address = f"tls://127.0.0.1:{port()}"
-    started = [dask("scheduler", "--host", address, "--no-dashboard", cwd=ROOT, **secure), dask("worker", address, *WORKER[:-1], "tls://127.0.0.1", cwd=ROOT, **secure)]
+    started = scheduler_and_worker(address, **secure)
     try:
-        with config.set({f"distributed.comm.{name}": value for name, value in settings.items()}), study.workers(1, address, 1, patience=60) as (client, sharing):
+        ours = config.set({f"distributed.comm.{name}": value for name, value in settings.items()})
+        with ours, study.workers(1, address, 1, patience=60) as (client, sharing):
             assert client.submit(max, 3, 5).result(60) == 5 and sharing == {"127.0.0.1": 1}
-        for stranger, said in ((address, "needs certificates"), (address.replace("tls", "tcp"), "no Dask scheduler answers")):
+        plain = address.replace("tls", "tcp")
+        for stranger, said in ((address, "needs certificates"), (plain, "no Dask scheduler answers")):
             message = error_of(contextlib.ExitStack().enter_context, study.workers(1, stranger, 1, patience=2))
             assert said in message, message
     finally: stop(started)
@@ -210,7 +236,8 @@ def no_file_above(size):
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-TINY = Run(preset="demo", depth=8, epochs=5, warmup=0, milestones=(4,), train_size=64, validation_size=20, test_size=50, ood_size=50)
+TINY = Run(preset="demo", depth=8, epochs=5, warmup=0, milestones=(4,),
+           train_size=64, validation_size=20, test_size=50, ood_size=50)
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +248,16 @@ def parts():
 def fitted(parts, folder=None, progress=None):
     "A trained classifier's weights and its losses."
     classifier = models.create("basic", TINY.seed, **TINY.model)
-    history = training.fit(classifier, parts[0], parts[1], TINY, folder, progress or (lambda history: None), checkpoint_seconds=0)
+    train, validation, _ = parts
+    history = training.fit(
+        classifier, train, validation, TINY, folder, progress or (lambda history: None), checkpoint_seconds=0)
     return classifier.state_dict(), [row["train_loss"] for row in history]
 
 
-def same(one, other): return one[1] == other[1] and all(torch.equal(a, b) for a, b in zip(one[0].values(), other[0].values()))
+def same(one, other):
+    "Whether two that are `fitted` have the same weights and losses."
+    (weights, losses), (others, other_losses) = one, other
+    return losses == other_losses and all(map(torch.equal, weights.values(), others.values()))
 
 
 def after(epochs, action):
@@ -240,7 +272,7 @@ def test_training_on_a_full_disk_resumes_when_there_is_room(parts, tmp_path, cap
     undisturbed = fitted(parts)
     with contextlib.ExitStack() as full:
         message = error_of(fitted, parts, tmp_path, after(3, lambda: full.enter_context(no_file_above(1000))))
-    assert "cannot write the checkpoint" in message and "checkpoint.pt" in message and "File too large" in message, message
+    for part in ("cannot write the checkpoint", "checkpoint.pt", "File too large"): assert part in message, message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert same(undisturbed, fitted(parts, tmp_path))
     assert "resumed after epoch 3 of 5" in capsys.readouterr().out
@@ -262,10 +294,18 @@ def damaged(content, change):
 
 
 DAMAGE = {
-    "no identity": lambda state: state.pop("identity"), "no classifier": lambda state: state.pop("classifier"), "no optimiser": lambda state: state.pop("optimiser"),
-    "no best": lambda state: state.pop("best"), "no source": lambda state: state.pop("source"), "no history": lambda state: state.update(history=[]), "history of nothing": lambda state: state.update(history=3),
-    "too long": lambda state: state.update(history=state["history"] * 9), "one weight less": lambda state: state["classifier"].popitem(), "another shape": lambda state: state["best"].update({"mean": torch.zeros(7)}),
-    "another average": lambda state: state["optimiser"]["state"][0].update(momentum_buffer=torch.zeros(2)), "a list": lambda state: state.update(classifier=[1]),
+    "no identity": lambda state: state.pop("identity"),
+    "no classifier": lambda state: state.pop("classifier"),
+    "no optimiser": lambda state: state.pop("optimiser"),
+    "no best": lambda state: state.pop("best"),
+    "no source": lambda state: state.pop("source"),
+    "no history": lambda state: state.update(history=[]),
+    "history of nothing": lambda state: state.update(history=3),
+    "too long": lambda state: state.update(history=state["history"] * 9),
+    "one weight less": lambda state: state["classifier"].popitem(),
+    "another shape": lambda state: state["best"].update({"mean": torch.zeros(7)}),
+    "another average": lambda state: state["optimiser"]["state"][0].update(momentum_buffer=torch.zeros(2)),
+    "a list": lambda state: state.update(classifier=[1]),
 }
 
 
@@ -289,7 +329,8 @@ def test_a_checkpoint_that_is_damaged_is_not_used(parts, tmp_path, capsys):
 
 def saved(place, weights=None):
     run = Run(preset="demo", output=str(place), keep_weights=weights is not None)
-    return runs.save(run, dict(metrics=dict(accuracy=.5)), dict(labels=torch.zeros(3, dtype=torch.long)), [dict(epoch=1, loss=1.)], weights)
+    record, predictions = dict(metrics=dict(accuracy=.5)), dict(labels=torch.zeros(3, dtype=torch.long))
+    return runs.save(run, record, predictions, [dict(epoch=1, loss=1.)], weights)
 
 
 @pytest.mark.parametrize("size, weights", [(100, None), (10_000, dict(w=torch.zeros(20_000)))])
@@ -309,7 +350,9 @@ def test_a_stale_notebook_in_the_environment_fails_no_run(tmp_path, monkeypatch)
 @pytest.mark.parametrize("method, size", [("basic", 1), ("basic", 2), ("sngp", 2)])
 def test_a_training_set_of_one_image(method, size):
     "Features without covariance, or with next to none: measured, not a traceback after training."
-    run = Run(preset="demo", method=method, depth=8, train_size=size, validation_size=3, test_size=5, ood_size=5, **(dict(bound=1e-30) if method == "sngp" else {}))
+    tight = dict(bound=1e-30) if method == "sngp" else {}
+    sizes = dict(train_size=size, validation_size=3, test_size=5, ood_size=5)
+    run = Run(preset="demo", method=method, depth=8, **sizes, **tight)
     train, validation, test = data.split(data.load("oracle"), (run.train_size, run.validation_size, run.test_size), 0)
     classifier = models.create(method, 0, **run.model).eval()
     classifier.finish(train.pixels())

@@ -1,4 +1,5 @@
-"""Studies as people run them: killed in the middle, on a scheduler over TCP, with a run that fails; 150 runs, one report."""
+"""Studies as people run them: killed in the middle, on a scheduler over TCP, with a run that fails; 150 runs, one
+report."""
 import json
 import shutil
 import socket
@@ -15,7 +16,8 @@ from distributed import Client
 from soft_cifar import evaluation, runs, study
 
 SMALL = """
-shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 4, train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 4,
+         train_size: 300, validation_size: 100, test_size: 200, ood_size: 200}
 models:
   basic: {method: basic}
 labels: [soft, hard]
@@ -38,7 +40,7 @@ def finished(file): return {(run.cell, run.seed): run.folder for run in study.lo
 
 
 def assert_same_runs(file, undisturbed, seeds=(0, 1)):
-    "The study in `file` has made the runs of `undisturbed` with one of `seeds`, no others, and their numbers are equal."
+    "The study in `file` has made the runs of `undisturbed` with one of `seeds`, no others, to the same numbers."
     found, wanted = finished(file), {key: folder for key, folder in finished(undisturbed).items() if key[1] in seeds}
     assert sorted(found) == sorted(wanted)
     apart = {key: differences(found[key], wanted[key]) for key in wanted}
@@ -94,11 +96,13 @@ def test_what_is_made_is_not_made_again(undisturbed, monkeypatch):
 
 
 def test_two_commands_on_one_study(undisturbed, tmp_path):
-    "Both make the same runs at the same time: each is there once, whole, with its executed notebook, and nothing else is."
+    """Both make the same runs at the same time: each is there once, whole, with its executed notebook, and nothing else
+    is."""
     file, words = study_in(tmp_path), ("--jobs", 2, "--seeds", 0)
     with started(command("study", file, *words), tmp_path / "one") as one:
         other = soft_cifar("study", file, *words)
-        assert (one.wait(PATIENCE), other.returncode) == (0, 0), (tmp_path / "one").read_text() + other.stdout + other.stderr
+        ended = one.wait(PATIENCE), other.returncode
+        assert ended == (0, 0), (tmp_path / "one").read_text() + other.stdout + other.stderr
     assert_same_runs(file, undisturbed, seeds=[0])
     assert [p.name for p in file.parent.glob("small/*/*")] == ["seed-0", "seed-0"]
     for run in study.load(file, seeds=[0]).runs:
@@ -132,7 +136,8 @@ def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
 
 
 SCHOOL = """
-shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, batch_size: 32, train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, batch_size: 32,
+         train_size: 128, validation_size: 50, test_size: 100, ood_size: 100}
 models:
   first: {labels: hard}
   wild: {labels: hard, lr: 1.0e+12, warmup: 0}
@@ -161,14 +166,16 @@ def test_teachers_come_first(tmp_path):
 
 
 ONE = """
-shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1, train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
+shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 1,
+         train_size: 64, validation_size: 20, test_size: 50, ood_size: 50}
 models: {basic: {}}
 seeds: [0]
 """
 
 
 def test_a_copy_runs_its_own_code(tmp_path):
-    "As on a host where the package is not installed: command, worker and kernel take it from the folder they are started in."
+    """As on a host where the package is not installed: command, worker and kernel take it from the folder they are
+    started in."""
     for name in ("soft_cifar", "nbs"): shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "soft_cifar" / "__init__.py").write_text('__version__ = "a copy"\n')
@@ -192,7 +199,8 @@ def test_150_runs_in_one_report(tmp_path):
         p, labels = log_probs(1500), torch.randint(10, (1500,), generator=rng)
         index, score, ood_score = torch.arange(1500), torch.randn(1500, generator=rng), torch.randn(1500, generator=rng)
         kept = dict(index=index, labels=labels, gold=labels, counts=counts, log_probs=p, fgsm_log_probs=log_probs(1500))
-        kept |= dict(ood_index=index, ood_log_probs=log_probs(1500), score_max_logit=score, ood_score_max_logit=ood_score)
+        kept |= dict(ood_index=index, ood_log_probs=log_probs(1500))
+        kept |= dict(score_max_logit=score, ood_score_max_logit=ood_score)
         kept |= dict(validation_labels=labels[:500], validation_log_probs=log_probs(500))
         found = evaluation.label_metrics(p, labels, counts.long()) | dict(auroc_max_logit=.5, fgsm_drop=.1)
         seconds = dict(load=1., fit=1., evaluate=1.)
@@ -204,11 +212,13 @@ def test_150_runs_in_one_report(tmp_path):
     page = tmp_path / "report" / "grid"
     assert "150 of 150 runs" in (page / "index.html").read_text()
     assert (page / "table1.tex").read_text().count(r"\\") == 32
-    names = "table1.csv", "table1.md", "runs.csv", "runs.parquet", "claims.csv", "soft_minus_hard.svg", "soft_minus_hard.png"
+    names = ("table1.csv", "table1.md", "runs.csv", "runs.parquet", "claims.csv",
+             "soft_minus_hard.svg", "soft_minus_hard.png")
     assert {*names} <= {p.name for p in page.iterdir()}
 
 
-PUBLISHED = sorted(folder for name in ("primary", "grid", "paper") for folder in (ROOT / "runs" / name).glob("*/seed-*"))
+STUDIES = "primary", "grid", "paper"
+PUBLISHED = sorted(folder for name in STUDIES for folder in (ROOT / "runs" / name).glob("*/seed-*"))
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: f"{folder.parent.name}/{folder.name}")

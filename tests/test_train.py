@@ -12,7 +12,8 @@ from conftest import PATIENCE, ROOT, differences, kill, started, stopped, stoppi
 
 from soft_cifar import evaluation, runs
 
-TINY = dict(preset="demo", depth=8, schedule="one_cycle", epochs=3, train_size=300, validation_size=100, test_size=200, ood_size=200)
+TINY = dict(preset="demo", depth=8, schedule="one_cycle", epochs=3,
+            train_size=300, validation_size=100, test_size=200, ood_size=200)
 
 
 def command(out, **parameters):
@@ -128,11 +129,12 @@ def test_bad_input(tiny, tmp_path, parameters, message):
 
 @pytest.mark.parametrize("method", ["basic", "dropout"])
 def test_memory_stays_under_two_gigabytes(tmp_path, method):
-    """ResNet-20 at the published batch size; `basic` with all 8,000 training images, `dropout` with the ten samples that
-    an attack differentiates."""
+    """ResNet-20 at the published batch size; `basic` with all 8,000 training images, `dropout` with the ten samples
+    that an attack differentiates."""
     size = dict(basic=8000, dropout=500)[method]
     sizes = dict(train_size=size, test_size=100, ood_size=100)
-    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", data="oracle", schedule="one_cycle", epochs=1, method=method, **sizes)
+    short = dict(data="oracle", schedule="one_cycle", epochs=1)
+    words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", method=method, **short, **sizes)
     status, said, peak = watched(words, tmp_path / "said")
     assert status == 0, said[-3000:]
     assert 2e8 < peak < 2e9, f"{peak / 1e9:.2f} GB"
@@ -146,7 +148,8 @@ def test_real_images(real_data, tmp_path):
     assert differences(folders["soft"], folders["again"]) == {}
     assert "log_probs" in differences(folders["soft"], folders["hard"])
     soft, hard = (np.load(folders[name] / "predictions.npz") for name in ("soft", "hard"))
-    for key in ("index", "labels", "gold", "counts", "ood_index"): np.testing.assert_array_equal(soft[key], hard[key], key)
+    for key in ("index", "labels", "gold", "counts", "ood_index"):
+        np.testing.assert_array_equal(soft[key], hard[key], key)
     assert len(soft["index"]) == len(soft["ood_index"]) == 1500
     assert (soft["labels"] == soft["gold"]).mean() > .98
 
