@@ -34,7 +34,8 @@ class Parts:
         size, other = (" x ".join(map(str, part.images.shape[1:3])) for part in (self.whole, self.other))
         if size != other: lines.append(
             f"test images have {size} pixels, OOD images {other}: their size alone may tell them apart")
-        return "\n".join(lines + [str(self.further)]).strip()
+        if str(self.further): lines.append(str(self.further))
+        return "\n".join(lines)
 
 def prepare(run:Run) -> Parts:
     """The images that `run` learns from and is measured on. Raises `DataError` where they are missing, damaged, lack

@@ -44,6 +44,7 @@ def batch(pixels:Tensor, source, run:Run, index:Tensor, generator:torch.Generato
     `source` lie on the run's device."""
     x = pixels[index]
     if run.augment: x = augment.augment(x, generator)
+    if run.cutout: x = augment.cutout(x, run.cutout, generator)
     y = source.base(index)
     mix = dict(mixup=augment.mixup, cutmix=augment.cutmix, ricap=augment.ricap).get(run.mix)
     if mix is None: return x, y

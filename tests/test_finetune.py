@@ -1,4 +1,5 @@
-"""A network goes on from the weights of another, fold by fold, and is refused where it has seen what it is scored on."""
+"""A network goes on from the weights of another, fold by fold, and is refused where it has seen what it is scored
+on."""
 import contextlib
 import io
 import shutil
@@ -74,7 +75,8 @@ def test_no_epochs_leave_the_network_as_it_is(place, start):
 
 
 def test_what_has_seen_the_test_is_refused(place, start, tmp_path):
-    "Image by image, whatever the set is called; by its name where pixels were encoded otherwise; through a teacher, too."
+    """Image by image, whatever the set is called; by its name where pixels were encoded otherwise; through a teacher,
+    too."""
     run = tuned(place, start)
     tested, learnt = experiment.prepare(run).test.index, quietly(experiment.prepare, Run(**LEARNT)).train.images
     copied = replace(mine(), images=mine().images.index_copy(0, tested[-1:], learnt[:1]))
@@ -101,7 +103,8 @@ def test_a_shift_set_that_was_learnt_from_is_refused_and_others_are_scored(place
     new = ImageSet("new", drawn["images"], drawn["labels"], classes=oracle.CLASSES)
     known = quietly(experiment.prepare, Run(**LEARNT)).train.first(50)
     for images in (new, replace(known, name="known")): data.write_archive(images, place)
-    refused(lambda: experiment.prepare(tuned(place, start, shift_sets=["known"])), "has seen 50 of the 50 images of known")
+    shifted = tuned(place, start, shift_sets=["known"])
+    refused(lambda: experiment.prepare(shifted), "has seen 50 of the 50 images of known")
     refused(lambda: experiment.prepare(tuned(place, start, ood_sets=["known"])), "has seen")
     refused(lambda: experiment.prepare(tuned(place, start, shift_sets=["svhm"])), "is not known")
 
@@ -172,8 +175,8 @@ def test_pretrained_weights_survive_a_clone(place, start, tmp_path):
 
 STUDY = """
 shared:
-  {preset: demo, depth: 8, schedule: one_cycle, data: mine, ood: oracle_ood, ood_size: 40, test_labels: gold, data_root: ROOT,
-   validation_size: 20, epochs: 1, folds: 3}
+  {preset: demo, depth: 8, schedule: one_cycle, data: mine, ood: oracle_ood, ood_size: 40, test_labels: gold,
+   data_root: ROOT, validation_size: 20, epochs: 1, folds: 3}
 models:
   first: {data: oracle, labels: gold, train_size: 150, test_size: 20, validation_size: 30, folds: null}
   tuned: {init: first, epochs: 0}
