@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test soak lab notebooks benchmark site wheelhouse clean
+.PHONY: demo test soak lab notebooks benchmark budget site wheelhouse clean
 
 demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on two cores
 	@rm -rf demo && mkdir demo
@@ -34,6 +34,11 @@ benchmark: $(READY)       ## measure this machine and write report/benchmark/, m
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/benchmark.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python -m soft_cifar.site benchmark
+
+budget: $(READY)          ## how to spend a budget of annotations, on the features of runs/pretrain; half an hour on two cores
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/budget.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/python -m soft_cifar.site budget
 
 site: $(READY)            ## lessons and reports as pages, in _site/; open _site/index.html
 	$(BIN)/python -m soft_cifar.site _site

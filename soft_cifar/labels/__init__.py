@@ -49,6 +49,11 @@ class Votes:
                         "(hard, base='majority'), or pass an ImageSet")
 
     @property
+    def annotations(self):
+        "Raises `DataError`: nobody said who cast the votes."
+        raise DataError("votes alone do not say who cast them, which dawid_skene asks: pass an ImageSet")
+
+    @property
     def images(self):
         "Raises `DataError`: there are none."
         raise DataError("votes alone are no images, which teachers look at: pass an ImageSet")
