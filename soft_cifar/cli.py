@@ -26,7 +26,8 @@ class Later:
             f"{error.name} is not installed, which studies and reports need: "
             "pip install 'soft_cifar[study]', or '.[study]' in a checkout") from None
 
-data, own, study, training = (Later(f"soft_cifar.{name}") for name in ("data", "own", "study", "training"))
+data, own = Later("soft_cifar.data"), Later("soft_cifar.own")
+study, training = Later("soft_cifar.study"), Later("soft_cifar.training")
 
 # %% ../nbs/60_cli.ipynb #b74a4348
 def prepare(arguments) -> None:

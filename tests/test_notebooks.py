@@ -217,6 +217,9 @@ def test_imports_point_down():
                 below = floor[target] < floor[module_of[path.stem]]
                 assert below, f"{path.stem} imports {target}, which is not below it"
         texts = {node.value for node in ast.walk(exported) if isinstance(node, ast.Constant)}
+        for target in texts & floor.keys() - {module_of[path.stem]}:     # imported by name, when it is needed
+            below = floor[target] < floor[module_of[path.stem]]
+            assert below, f"{path.stem} names {target}, which is not below it"
         # the packages whose modules it finds
         for package in texts.intersection(("soft_cifar.models", "soft_cifar.backbones", "soft_cifar.labels")):
             for target in (module for module in floor if module.startswith(f"{package}.")):
