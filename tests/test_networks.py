@@ -2,6 +2,7 @@
 allowed works, what is not is refused with a reason; and a network that draws at random resumes to the same bits."""
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ THIN = dict(
 
 @pytest.fixture(scope="module")
 def images():
-    "Eight images with votes."
-    return data.load("oracle").subset(torch.arange(8))
+    "Eight images with votes, of which it is known who cast them: the first on each image is the first person's."
+    few = data.load("oracle").subset(torch.arange(8))
+    said = [torch.arange(10).repeat_interleave(votes) for votes in few.counts]
+    rows = [torch.stack([torch.full((len(one),), i), torch.arange(len(one)), one], 1) for i, one in enumerate(said)]
+    people = tuple(map(str, range(max(map(len, said)))))
+    return replace(few, annotations=torch.cat(rows), annotators=people)
 
 
 @pytest.fixture(scope="module")
