@@ -51,7 +51,7 @@ def run_lesson(notebook, executed, said):
 NUMBER = r"(?<![A-Za-z_\d.])[-+]?(\d{1,3}(,\d{3})+|\d+|(?=\.\d))(\.\d*)?(e[-+]?\d+)?\.?"
 PLACEHOLDERS = [
     (r"\b\d+(\.\d+){2,}[\w+.]*", "#"),             # a version
-    (r"\b(?=[a-f]*\d)[0-9a-f]{7,}\b\+?", "#"),     # a digest, a commit, one with changes
+    (r"\b(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{7,}\b\+?", "#"),     # a digest, a commit, one with changes
     (r"[█▏▎▍▌▋▊▉]+", "|"),                         # a bar of progress
     (NUMBER + r"|\b(nan|inf)\b", "#"),
     (r"# h # min\b|# min\b|# h\b", "# s"),         # how long it takes, on whatever machine
@@ -129,6 +129,7 @@ FIGURE = {"image/png": "", "text/plain": "<Figure size 640x480 with 1 Axes>"}
 TABLE = {"text/html": '<style>#T_1</style><table id="T_1"><td>basic</td><td>0.81</td></table>', "text/plain": "..."}
 SAME = {
     "other numbers": (cell_of("loss 2.3, 1,500 images, 1e-05\n"), cell_of("loss  12.34., 7 images, .5\n")),
+    "more digits": (cell_of("[-1.0, 3]"), cell_of("[-0.9999998807907104, 1234567.5]")),
     "another time": (cell_of("about 3 h 15 min, 7 min left"), cell_of("about 42 s, 0 s left")),
     "another digest": (cell_of("commit 9adf77d+ of 0.1.0"), cell_of("commit 41f7e6e of 2.15.0+cu132")),
     "cut elsewhere": (cell_of("a\n", FIGURE, "b\n"), cell_of("a\nb\n", FIGURE)),
