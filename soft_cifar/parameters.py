@@ -298,6 +298,7 @@ class Checked:
         values = {}
         for choice, known in DECLARING.items():
             chosen = getattr(self, choice)
+            if chosen is None: chosen = getattr(type(self), choice)     # left to its default
             if not isinstance(chosen, str) or chosen not in known(): continue     # refused later, by name
             values |= {name: argument.default for name, argument in arguments(known()[chosen]).items()}
         return values
