@@ -287,10 +287,12 @@ def check_unseen(run:Run, scored:list[tuple[ImageSet, ImageSet]]) -> None:
     """Raises `DataError` where a network that `run` learns from has seen an image that `run` is scored on as unseen.
     `scored` are pairs of images and the whole set that they are from. A network that says nothing of its images passes
     here: `check_split` has compared its split."""
-    for folder in parents(run):
+    folders = parents(run)
+    hashed = [image_hashes(images.images) for images, _ in scored] if folders else []
+    for folder in folders:
         trained_on, hashes = record(folder).get("trained_on", {}), seen(folder)
-        for images, whole in scored:
-            common = int(torch.isin(image_hashes(images.images), hashes).sum())
+        for (images, whole), ours in zip(scored, hashed):
+            common = int(torch.isin(ours, hashes).sum())
             if common: raise DataError(
                 f"{folder} has seen {common} of the {len(images)} images of {images.name} that this run is scored on "
                 "as unseen: leave that set out, or learn from another network")

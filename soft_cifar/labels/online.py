@@ -111,7 +111,7 @@ class OnlineSmoothing(Adaptive):
         self.seen *= ~due
 
 @checked
-def ols(image_set:ImageSet, ols_alpha:real("weight of the label", low=0, high=1)=.5,
+def ols(image_set:ImageSet, ols_alpha:LABEL_WEIGHT=.5,
         ols_period:real("epochs after which the soft labels are renewed", low=0, open_low=True)=1.,
         base:BASE="majority") -> OnlineSmoothing:
     """Online label smoothing of the `base` label (Zhang et al. 2021, eq. 3-6): `ols_alpha` of the label, the rest of
@@ -137,7 +137,7 @@ class OnePeer(Adaptive):
         return torch.where(peers.any(1, keepdim=True), torch.lerp(drawn, y, self.alpha), y)
 
 @checked
-def ols_single(image_set:ImageSet, ols_alpha:real("weight of the label", low=0, high=1)=.5,
+def ols_single(image_set:ImageSet, ols_alpha:LABEL_WEIGHT=.5,
                base:BASE="majority") -> OnePeer:
     """`ols_alpha` of the `base` label, the rest of the answer to another image of the class ("OLS-Single", Zhang et al.
     2021, section V-E). Raises `InputError` for alpha outside [0,1]."""
