@@ -7,10 +7,10 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
            'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
-           'state', 'status', 'cores', 'host_of', 'run_papermill', 'sweep', 'standing', 'compare', 'make_in_kernel',
-           'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers', 'write_token', 'meeting',
-           'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of', 'pairing', 'row_of', 'gather',
-           'Predictions', 'caveats']
+           'state', 'status', 'cores', 'sharing_cores', 'host_of', 'run_papermill', 'sweep', 'standing', 'compare',
+           'make_in_kernel', 'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers',
+           'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of',
+           'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, hashlib, itertools, json, logging, math
@@ -424,6 +424,11 @@ def cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+def sharing_cores(jobs:int) -> int:
+    "How many runs at a time share the cores of this machine: `jobs`, or more where OMP_NUM_THREADS gives a run less."
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return max(jobs, math.ceil(cores() / int(limit))) if limit.isdecimal() and int(limit) else jobs
+
 def host_of(address:str) -> str:
     "The host of an address such as tcp://127.0.0.1:8786."
     return address.split("://")[-1].rsplit(":", 1)[0]
@@ -535,7 +540,7 @@ def local_workers(jobs:int, most:int):
     cluster = partial(LocalCluster, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0",
                       silence_logs="CRITICAL")
     with dask.config.set(QUIET), cluster(n_workers=min(jobs, most)) as here, Client(here) as client:
-        yield client, {worker["host"]: jobs for worker in workers_of(client)}
+        yield client, {worker["host"]: sharing_cores(jobs) for worker in workers_of(client)}
 
 @contextlib.contextmanager
 def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):
