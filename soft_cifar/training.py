@@ -37,7 +37,7 @@ def shuffled(pixels:Tensor, source, run:Run, generator:torch.Generator):
     "The positions of an epoch's images, a batch at a time, after the label `source` has made its draws."
     source.start_epoch(generator)
     order = torch.randperm(len(pixels), generator=generator, device=pixels.device)
-    return order.split(run.batch_size)
+    return source.trains_on(order).split(run.batch_size)
 
 def batch(pixels:Tensor, source, run:Run, index:Tensor, generator:torch.Generator) -> tuple[Tensor, Tensor]:
     """`(x, y)` of the images at positions `index`: augmented, labelled, mixed. `pixels` float [N,3,H,W] and the label
@@ -123,12 +123,13 @@ class Trainer:
             rate.fill_(learning_rate(self.run, epoch, step, len(indices)))
             self.classifier.turn = (epoch * len(indices) + step) % self.classifier.period
             take(index)
-        return self.total.item() / len(self.pixels)
+        return self.total.item() / sum(map(len, indices))
 
     def step(self, index:Tensor) -> None:
         "One step on the images at positions `index` [B]."
         self.optimiser.zero_grad()
         x, y = batch(self.pixels, self.source, self.run, index, self.generator)
+        self.source.look_ahead(self.classifier, x, y, self.optimiser.param_groups[0]["lr"])
         outputs = self.classifier(x)
         logits = self.classifier.logits(outputs) if self.needs_logits else None     # of what the method answers
         loss = self.source.loss(self.objective, outputs, y, x, logits) + self.classifier.regulariser(outputs)

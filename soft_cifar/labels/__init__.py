@@ -23,7 +23,7 @@ class Votes:
     class. Raises `InputError` unless they are whole numbers >= 0, at least one in each row."""
     counts: Tensor
     name = "votes"
-    probs, majority = ImageSet.probs, ImageSet.majority
+    probs, majority, pixels = ImageSet.probs, ImageSet.majority, ImageSet.pixels
 
     def __post_init__(self):
         shapes(counts=(self.counts, "NK"))
@@ -56,7 +56,7 @@ class Votes:
     @property
     def images(self):
         "Raises `DataError`: there are none."
-        raise DataError("votes alone are no images, which teachers look at: pass an ImageSet")
+        raise DataError("votes alone are no images, which teachers and meta_labels look at: pass an ImageSet")
 
 # %% ../../nbs/08_labels.ipynb #08a7e557
 def is_source(function) -> bool:

@@ -38,6 +38,14 @@ class Table(nn.Module):
         [B,K]. Static sources ignore both."""
         return self.base(index)
 
+    def trains_on(self, order:Tensor) -> Tensor:
+        "Of the positions `order` of an epoch's images those that are trained on, in that order: all of them."
+        return order
+
+    def look_ahead(self, classifier, x:Tensor, y:Tensor, rate:Tensor) -> None:
+        """Called before each step with what it is about to use: the `classifier`, images `x` [B,3,H,W] and targets `y`
+        [B,K] as they are mixed, the learning `rate`. A source that learns from where a step would lead does so here."""
+
     def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
         """The scalar to minimise, for a network's `outputs` [B,K] on images `x`, both already mixed, as are the
         targets `y` [B,K]: `objective(outputs, logits, y)` or what the source makes of it. `logits` [B,K] are those
