@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from ..arguments import checked, real, word
 from ..data import ImageSet
-from .relabel import Remembering
-from .static import BASE, one_label
+from .static import BASE, Table, one_label
 
 # %% ../../nbs/09_unrolled.ipynb #2443aaf7
 def loss_with(classifier, weights:dict, x:Tensor, y:Tensor) -> Tensor:
@@ -43,31 +42,33 @@ def nearest_distribution(u:Tensor) -> Tensor:
     return (u - t.gather(1, positive - 1)).clamp(min=0)
 
 # %% ../../nbs/09_unrolled.ipynb #0719fbcb
-class MetaLabels(Remembering):
+class MetaLabels(Table):
     "Labels that follow the gradient of the loss on images that are held back, through the next step."
-    listens = False
     def __init__(self, table:Tensor, held:Tensor, pixels:Tensor, targets:Tensor, rate:float, stepping:str):
         remark = f"{len(held)} of {len(table)} images are held back: labels are learned by them, weights without them"
-        super().__init__(table)
-        self.remark, self.rate, self.stepping, self.generator = remark, rate, stepping, None
+        super().__init__(table, remark)
+        self.rate, self.stepping = rate, stepping
+        self.generator = self.index = None     # of this epoch's draws; of the images in this batch
         self.register_buffer("q", self.table.clone())
         self.register_buffer("held", held, persistent=False)           # positions [M]
         self.register_buffer("pixels", pixels, persistent=False)       # of those images [M,3,H,W]
         self.register_buffer("targets_of_held", targets.float(), persistent=False)
 
-    def start_epoch(self, generator:torch.Generator) -> None:
-        super().start_epoch(generator)
-        self.generator = generator
+    def start_epoch(self, generator:torch.Generator) -> None: self.generator = generator
 
     def trains_on(self, order:Tensor) -> Tensor: return order[~torch.isin(order, self.held)]
-    def rows(self, index:Tensor) -> Tensor: return self.q[index]
-    def adapt(self, y:Tensor, x:Tensor|None, log_probs:Tensor|None) -> Tensor: return y
+
+    def base(self, index:Tensor) -> Tensor:
+        self.index = index
+        return self.q[index]
 
     def look_ahead(self, classifier, x:Tensor, y:Tensor, rate:Tensor) -> None:
         one = torch.randint(len(self.held), (len(x),), generator=self.generator, device=x.device)
         towards = pull(classifier, x, y, self.pixels[one], self.targets_of_held[one], rate, self.stepping)
         moved = nearest_distribution(y + self.rate * len(x) * towards)
-        self.q[self.index] = torch.where(self.alone(y), moved, self.q[self.index])
+        before = self.q[self.index]
+        # mixed or not: without a branch, so that a GPU can record it
+        self.q[self.index] = torch.where((y == before).all(), moved, before)
 
 STEPPING = word("which weights take the step looked at: all, or those of the last layer (head)", ("all", "head"))
 
