@@ -23,7 +23,7 @@ from .official import Files
 # %% ../nbs/02_data.ipynb #c723ccad
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # what an archive holds and a fingerprint covers
-ARRAYS = ("images", "labels", "counts", "held_out", "annotations")
+ARRAYS = ("images", "labels", "counts", "held_out", "annotations", "soft")
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -40,6 +40,7 @@ class ImageSet:
     held_out: Tensor|None = None    # bool [N], the images of an official test split; None: the set has none
     annotations: Tensor|None = None # int64 [M,3], a vote a row: image, annotator, class; in the order of the images
     annotators: tuple = ()          # names, by the number that stands for them there
+    soft: Tensor|None = None        # float64 [N,K], shares that people gave to the classes, in place of votes
 
     def __post_init__(self):
         self.check_texts()
@@ -71,11 +72,11 @@ class ImageSet:
         N, K = len(self.images), len(self.classes)
         image = (*self.images.shape[1:3], 3)
         expected = dict(images=(torch.uint8, (N, *image)), labels=(torch.int64, (N,)),
-                        counts=(torch.int64, (N, K)), held_out=(torch.bool, (N,)))
+                        counts=(torch.int64, (N, K)), held_out=(torch.bool, (N,)), soft=(torch.float64, (N, K)))
         if self.annotations is not None: expected["annotations"] = torch.int64, (len(self.annotations), 3)
         for field, (dtype, shape) in expected.items():
             array = getattr(self, field)
-            if array is None and field in ("counts", "held_out"): continue
+            if array is None and field in ("counts", "held_out", "soft"): continue
             self.check(array.dtype == dtype and array.shape == shape,
                 f"{field} are {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}")
 
@@ -85,11 +86,19 @@ class ImageSet:
         low, high, K = self.labels.min(), self.labels.max(), len(self.classes)
         self.check(0 <= low and high < K, f"labels run from {low} to {high}, expected 0 to {K - 1}")
         self.check(self.counts is not None or self.annotations is None, "annotations without counts, their sums")
+        if self.soft is not None: self.check_soft()
         if self.counts is None: return
         fewest, votes = self.counts.min(), self.counts.sum(1)
         self.check(fewest >= 0, f"counts hold {fewest}, expected votes >= 0")
         self.check(votes.min() > 0, f"image {int(votes.argmin())} has no votes, expected at least one in each row")
         if self.annotations is not None: self.check_annotations()
+
+    def check_soft(self) -> None:
+        "Raises `DataError` for soft labels beside votes, and for rows that are no distributions."
+        self.check(self.counts is None, "counts and soft labels, expected one of them")
+        off = (self.soft.sum(1) - 1).abs()
+        self.check((self.soft >= 0).all() and (off < 1e-6).all(),
+            f"soft labels are no distributions, such as {brief(self.soft[int(off.argmax())].tolist())}")
 
     def check_annotations(self) -> None:
         "Raises `DataError` for votes out of order, by nobody, cast twice, or other ones than are counted."
@@ -106,7 +115,8 @@ class ImageSet:
     def __len__(self): return len(self.images)
 
     def __repr__(self):
-        votes = "no votes" if self.counts is None else f"{self.counts.sum(1).double().mean():.1f} votes each"
+        votes = "no votes" if self.soft is None else "soft labels"
+        if self.counts is not None: votes = f"{self.counts.sum(1).double().mean():.1f} votes each"
         words = [f"{len(self):,} images", f"{len(self.classes)} classes", votes, self.encoding, self.fingerprint[:12]]
         if not self.verified: words.append("pixels not verified")
         return f"{self.name}: {', '.join(words)}"
@@ -146,11 +156,22 @@ class ImageSet:
 
     @property
     def probs(self) -> Tensor:
-        "The human distribution, counts over their row sum, float64 [N,K]. Raises `DataError` where nobody voted."
+        """The human distribution, float64 [N,K]: soft labels as they are, counts over their row sum. Raises `DataError`
+        where there are neither."""
+        if self.soft is not None: return self.soft
         if self.counts is None: raise DataError(
             f"{self.name} has no votes: use labels='gold' and test_labels='gold', base='gold' with sources that "
             "soften one label, or a set with votes (cifar10h, oracle)")
         return self.counts.double() / self.counts.sum(1, keepdim=True)
+
+    @property
+    def votes(self) -> Tensor:
+        "`counts`, for who draws or compares votes. Raises `DataError` where there are none, soft labels or not."
+        if self.soft is not None: raise DataError(
+            f"{self.name} has soft labels, which are no votes that could be drawn: use labels='soft', 'sampled', or "
+            "another source of distributions")
+        self.probs     # there are votes at all
+        return self.counts
 
     @property
     def majority(self) -> Tensor:

@@ -229,7 +229,7 @@ def labelled(folder:Path, names:list[str], name:str, classes=None, size:int|None
 def check_name(name:str) -> str:
     "`name` if a set of one's own may have it. Raises `InputError`."
     folder_name("name", name)
-    if name in ("oracle", "oracle_ood", *data.OFFICIAL, *data.PREPARED): raise InputError(
+    if name in ("oracle", "oracle_ood", *data.builders(), *data.PREPARED): raise InputError(
         f"name={name!r} is a data set that everybody knows under that name: choose another")
     return name
 
@@ -259,7 +259,8 @@ def on_set(images:ImageSet, votes:Path|None, name:str, size:int|None=None) -> Im
     names = [str(i) for i in range(len(images))]
     found = read_cifar10n(votes, images) if votes.suffix == ".pt" else read_table(votes, names, images.classes)
     check_complete(votes, found, names)
-    return replace(images, name=name, counts=found.counts, annotations=found.annotations, annotators=found.annotators)
+    return replace(images, name=name, counts=found.counts, soft=None, annotations=found.annotations,
+                   annotators=found.annotators)
 
 def prepare(
     images,                # a folder of images, from the current one, or the name of a prepared set

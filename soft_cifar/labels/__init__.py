@@ -22,8 +22,8 @@ class Votes:
     """What a label source asks of an image set, where there are only its votes `counts` [N,K], how many chose which
     class. Raises `InputError` unless they are whole numbers >= 0, at least one in each row."""
     counts: Tensor
-    name = "votes"
-    probs, majority = ImageSet.probs, ImageSet.majority
+    name, soft = "votes", None
+    probs, votes, majority = ImageSet.probs, ImageSet.votes, ImageSet.majority
 
     def __post_init__(self):
         shapes(counts=(self.counts, "NK"))
