@@ -10,6 +10,7 @@ __all__ = ['STL10_IMAGES', 'CINIC10_URLS', 'CINIC10_IMAGES', 'TINY_URL', 'TINY_I
 from collections import Counter
 from pathlib import Path, PurePosixPath
 import numpy as np, torch
+from ..checks import DataError
 
 # %% ../../nbs/01_photographs.ipynb #5ea37fee
 STL10_IMAGES = dict(train=5_000, test=8_000)
@@ -87,9 +88,11 @@ def readable(numbers, words:dict[str, str]) -> list[str]:
 
 # %% ../../nbs/01_photographs.ipynb #33b18933
 def svhn(files) -> dict:
-    "SVHN's *test* split of house numbers: out-of-distribution images."
+    "SVHN's *test* split of house numbers: out-of-distribution images. Raises `DataError` without SciPy, too."
     from torchvision.datasets import SVHN
     url, file, md5 = SVHN.split_list["test"]
-    test = files.torchvision(SVHN, file, url, md5, split="test")
+    try: test = files.torchvision(SVHN, file, url, md5, split="test")
+    except ModuleNotFoundError: raise DataError(
+        "SVHN comes in MATLAB's form, which SciPy reads, and it is not installed: pip install scipy") from None
     images = torch.from_numpy(test.data).permute(0, 2, 3, 1).contiguous()
     return dict(images=images, labels=torch.from_numpy(test.labels).long(), classes=tuple("0123456789"))
