@@ -214,6 +214,7 @@ def spending(rows:pd.DataFrame, metric:str="kl_humans", title:str="") -> Figure:
         ax.annotate(f"{n:,}", (line.spent.iloc[-1], line[metric].iloc[-1]), (5, 0), textcoords="offset points",
                     color=color, va="center", fontsize=9)
     ax.set_xscale("log")
+    ax.set_xlim(right=2 * means.spent.max())     # room for the number at the end of a line
     ax.set_xlabel("votes spent, images times votes")
     ax.set_ylabel(metrics.lookup(metric).label)
     ax.plot([], [], "k-", label="soft labels")

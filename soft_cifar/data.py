@@ -4,26 +4,26 @@
 
 # %% auto #0
 __all__ = ['CIFAR10', 'ARRAYS', 'VOTES_SHA256', 'CIFAR10N_SHA256', 'PINNED', 'COPIES', 'WHOLE', 'OFFICIAL_CLASSES', 'NUMBERED',
-           'VOTES_URL', 'CIFAR10_1_URL', 'OFFICIAL', 'PREPARED', 'ImageSet', 'votes_on', 'command_for', 'data_root',
-           'meta_of', 'write_archive', 'sha256', 'seal', 'as_pinned', 'advice_for', 'open_archive', 'read_archive',
-           'check_votes', 'check_apart', 'image_hashes', 'build_cifar10h', 'build_cifar10', 'build_svhn',
-           'build_cifar10_1', 'build_cifar10_1_v4', 'build_cifar10_1_v6', 'load_oracle', 'is_here', 'load', 'build',
-           'with_official_test', 'split', 'fold_split']
+           'PREPARED', 'ImageSet', 'votes_on', 'command_for', 'data_root', 'meta_of', 'write_archive', 'sha256', 'seal',
+           'as_pinned', 'advice_for', 'open_archive', 'read_archive', 'check_apart', 'image_hashes', 'builders',
+           'load_oracle', 'is_here', 'load', 'build', 'with_official_test', 'split', 'fold_split']
 
 # %% ../nbs/02_data.ipynb #00400e79
-import hashlib, json, os, tempfile
+import functools, hashlib, inspect, json, os, tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from . import oracle
+from .arguments import modules_of
 from .checks import DataError, InputError, brief, number, one_of, project_path, shown
+from .official import Files
 
 # %% ../nbs/02_data.ipynb #c723ccad
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # what an archive holds and a fingerprint covers
-ARRAYS = ("images", "labels", "counts", "held_out", "annotations")
+ARRAYS = ("images", "labels", "counts", "held_out", "annotations", "soft")
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -40,6 +40,7 @@ class ImageSet:
     held_out: Tensor|None = None    # bool [N], the images of an official test split; None: the set has none
     annotations: Tensor|None = None # int64 [M,3], a vote a row: image, annotator, class; in the order of the images
     annotators: tuple = ()          # names, by the number that stands for them there
+    soft: Tensor|None = None        # float64 [N,K], shares that people gave to the classes, in place of votes
 
     def __post_init__(self):
         self.check_texts()
@@ -71,11 +72,11 @@ class ImageSet:
         N, K = len(self.images), len(self.classes)
         image = (*self.images.shape[1:3], 3)
         expected = dict(images=(torch.uint8, (N, *image)), labels=(torch.int64, (N,)),
-                        counts=(torch.int64, (N, K)), held_out=(torch.bool, (N,)))
+                        counts=(torch.int64, (N, K)), held_out=(torch.bool, (N,)), soft=(torch.float64, (N, K)))
         if self.annotations is not None: expected["annotations"] = torch.int64, (len(self.annotations), 3)
         for field, (dtype, shape) in expected.items():
             array = getattr(self, field)
-            if array is None and field in ("counts", "held_out"): continue
+            if array is None and field in ("counts", "held_out", "soft"): continue
             self.check(array.dtype == dtype and array.shape == shape,
                 f"{field} are {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}")
 
@@ -85,11 +86,19 @@ class ImageSet:
         low, high, K = self.labels.min(), self.labels.max(), len(self.classes)
         self.check(0 <= low and high < K, f"labels run from {low} to {high}, expected 0 to {K - 1}")
         self.check(self.counts is not None or self.annotations is None, "annotations without counts, their sums")
+        if self.soft is not None: self.check_soft()
         if self.counts is None: return
         fewest, votes = self.counts.min(), self.counts.sum(1)
         self.check(fewest >= 0, f"counts hold {fewest}, expected votes >= 0")
         self.check(votes.min() > 0, f"image {int(votes.argmin())} has no votes, expected at least one in each row")
         if self.annotations is not None: self.check_annotations()
+
+    def check_soft(self) -> None:
+        "Raises `DataError` for soft labels beside votes, and for rows that are no distributions."
+        self.check(self.counts is None, "counts and soft labels, expected one of them")
+        off = (self.soft.sum(1) - 1).abs()
+        self.check((self.soft >= 0).all() and (off < 1e-6).all(),
+            f"soft labels are no distributions, such as {brief(self.soft[int(off.argmax())].tolist())}")
 
     def check_annotations(self) -> None:
         "Raises `DataError` for votes out of order, by nobody, cast twice, or other ones than are counted."
@@ -106,7 +115,8 @@ class ImageSet:
     def __len__(self): return len(self.images)
 
     def __repr__(self):
-        votes = "no votes" if self.counts is None else f"{self.counts.sum(1).double().mean():.1f} votes each"
+        votes = "no votes" if self.soft is None else "soft labels"
+        if self.counts is not None: votes = f"{self.counts.sum(1).double().mean():.1f} votes each"
         words = [f"{len(self):,} images", f"{len(self.classes)} classes", votes, self.encoding, self.fingerprint[:12]]
         if not self.verified: words.append("pixels not verified")
         return f"{self.name}: {', '.join(words)}"
@@ -129,7 +139,7 @@ class ImageSet:
             "expected at most that many")
         return self.subset(torch.arange(n))
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         "sha256 of shapes and contents of images, labels, votes and test split, in hexadecimal."
         digest = hashlib.sha256()
@@ -146,11 +156,22 @@ class ImageSet:
 
     @property
     def probs(self) -> Tensor:
-        "The human distribution, counts over their row sum, float64 [N,K]. Raises `DataError` where nobody voted."
+        """The human distribution, float64 [N,K]: soft labels as they are, counts over their row sum. Raises `DataError`
+        where there are neither."""
+        if self.soft is not None: return self.soft
         if self.counts is None: raise DataError(
             f"{self.name} has no votes: use labels='gold' and test_labels='gold', base='gold' with sources that "
             "soften one label, or a set with votes (cifar10h, oracle)")
         return self.counts.double() / self.counts.sum(1, keepdim=True)
+
+    @property
+    def votes(self) -> Tensor:
+        "`counts`, for who draws or compares votes. Raises `DataError` where there are none, soft labels or not."
+        if self.soft is not None: raise DataError(
+            f"{self.name} has soft labels, which are no votes that could be drawn: use labels='soft', 'sampled', or "
+            "another source of distributions")
+        self.probs     # there are votes at all
+        return self.counts
 
     @property
     def majority(self) -> Tensor:
@@ -305,13 +326,6 @@ def read_archive(path:Path) -> ImageSet:
     vouched = "fingerprint" in meta and meta.get("pixels") != "not verified"
     return replace(image_set, verified=vouched or fingerprint in COPIES)
 
-def check_votes(counts:Tensor|None, where) -> None:
-    "Raise `DataError` unless `counts` are CIFAR-10H's own."
-    if sha256(counts) == VOTES_SHA256: return
-    raise DataError(
-        f"{where}: the votes are not those of CIFAR-10H (sha256 differs). Delete it and prepare it again: "
-        "soft-cifar data cifar10h")
-
 def check_apart(one:ImageSet, other:ImageSet) -> None:
     """Raise `DataError` if an image of `other`, pixel by pixel, is one of `one` too: what should be out of distribution
     is not."""
@@ -328,57 +342,16 @@ def image_hashes(images:Tensor) -> Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(first), np.int64).copy())
 
 # %% ../nbs/02_data.ipynb #be182e70
-VOTES_URL = "https://github.com/jcpeterson/cifar-10h/raw/master/data/cifar10h-counts.npy"
+@functools.cache
+def builders() -> dict[str, Callable]:
+    "What builds a data set from its official files, by the name of the set: each function here that takes `files`."
+    found = {}
+    for module in modules_of("soft_cifar.datasets"):
+        for name, function in vars(module).items():
+            own = inspect.isfunction(function) and function.__module__ == module.__name__
+            if own and [*inspect.signature(function).parameters] == ["files"]: found[name] = function
+    return found
 
-def build_cifar10h(folder:Path) -> dict:
-    "CIFAR-10's test images in official order, with the votes of CIFAR-10H (Peterson et al. 2019)."
-    from torchvision.datasets import CIFAR10, utils
-    test = CIFAR10(folder, train=False, download=True)
-    utils.download_url(VOTES_URL, str(folder), "cifar10h-counts.npy")
-    votes = np.load(folder / "cifar10h-counts.npy", allow_pickle=False)
-    counts = torch.from_numpy(votes.astype(np.int64))
-    check_votes(counts, shown(folder / "cifar10h-counts.npy"))
-    return dict(images=torch.from_numpy(test.data), labels=torch.tensor(test.targets), counts=counts)
-
-def build_cifar10(folder:Path) -> dict:
-    "CIFAR-10's training images; nobody's votes."
-    from torchvision.datasets import CIFAR10
-    train = CIFAR10(folder, train=True, download=True)
-    return dict(images=torch.from_numpy(train.data), labels=torch.tensor(train.targets))
-
-def build_svhn(folder:Path) -> dict:
-    "SVHN's *test* split of house numbers: out-of-distribution images."
-    from torchvision.datasets import SVHN
-    test = SVHN(folder, split="test", download=True)
-    images = torch.from_numpy(test.data).permute(0, 2, 3, 1).contiguous()
-    labels = torch.from_numpy(test.labels).long()
-    return dict(images=images, labels=labels, classes=tuple("0123456789"))
-
-CIFAR10_1_URL = "https://github.com/modestyachts/CIFAR-10.1/raw/master/datasets"
-
-def build_cifar10_1(version:str, folder:Path) -> dict:
-    """CIFAR-10.1 in the `version` v4 or v6: new images, chosen as CIFAR-10's were (Recht et al. 2018). Raises
-    `DataError` for labels that are not the official ones."""
-    from torchvision.datasets import utils
-    files = [f"cifar10.1_{version}_{what}.npy" for what in ("data", "labels")]
-    for file in files: utils.download_url(f"{CIFAR10_1_URL}/{file}", str(folder), file)
-    images, labels = (torch.from_numpy(np.load(folder / file, allow_pickle=False)) for file in files)
-    labels = labels.long()
-    if sha256(labels) != PINNED[f"cifar10_1_{version}"][0]: raise DataError(
-        f"{shown(folder / files[1])}: the labels are not those of CIFAR-10.1 {version} (sha256 differs). Delete it and "
-        f"prepare it again: soft-cifar data cifar10_1_{version}")
-    return dict(images=images, labels=labels)
-
-def build_cifar10_1_v4(folder:Path) -> dict:
-    "CIFAR-10.1 v4: 2,021 images."
-    return build_cifar10_1("v4", folder)
-
-def build_cifar10_1_v6(folder:Path) -> dict:
-    "CIFAR-10.1 v6: 2,000 images, 200 a class."
-    return build_cifar10_1("v6", folder)
-
-OFFICIAL = dict(cifar10h=build_cifar10h, cifar10=build_cifar10, svhn=build_svhn,
-                cifar10_1_v4=build_cifar10_1_v4, cifar10_1_v6=build_cifar10_1_v6)
 # read if their archive is there
 PREPARED = ("cinic10_imagenet", "tinyimagenet", "textures")
 
@@ -405,7 +378,7 @@ def load(name:str, root=None, download:bool=True) -> ImageSet:
     path = data_root(root) / f"{name}.npz"
     if path.is_file(): return read_archive(path)
     there = {archive.stem for archive in path.parent.glob("*.npz")}     # sets of one's own among them
-    try: one_of("data", name, dict.fromkeys(["oracle", "oracle_ood", *OFFICIAL, *PREPARED, *sorted(there)]))
+    try: one_of("data", name, dict.fromkeys(["oracle", "oracle_ood", *builders(), *PREPARED, *sorted(there)]))
     except InputError as error: raise InputError(f"{error}. There is no {shown(path)}") from None
     return build(name, path, download)
 
@@ -414,15 +387,15 @@ def build(name:str, path:Path, download:bool) -> ImageSet:
     missing = f"{name} is not at {shown(path)}"
     advice = ("Put the archive there, set $SOFT_CIFAR_DATA to the folder that holds it, or use the embedded set: "
               "data='oracle'")
-    if name not in OFFICIAL: raise DataError(f"{missing}, and there is no official download for it. {advice}")
+    if name not in builders(): raise DataError(f"{missing}, and there is no official download for it. {advice}")
     if not download: raise DataError(f"{missing}. To prepare it: soft-cifar data {name}. {advice}")
-    try: arrays = OFFICIAL[name](path.parent / "official")
+    try: made = ImageSet(name, **builders()[name](Files(path.parent / "official", name)))
     except DataError: raise
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{missing} and the download failed ({error}). With a network: soft-cifar data {name}. {advice}") from None
-    source = f"official files ({OFFICIAL[name].__doc__})"
-    write_archive(ImageSet(name, **arrays), path.parent, source=source)
+    write_archive(made, path.parent, source=f"official files ({builders()[name].__doc__})")
+    del made     # before it is there a second time
     return read_archive(path)
 
 # %% ../nbs/02_data.ipynb #ef4080f1

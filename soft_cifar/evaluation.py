@@ -195,7 +195,8 @@ def evaluate(
     kept |= dict(ood_index=ood.index, ood_log_probs=ood_log_probs)
     kept |= {f"score_{name}": values for name, values in scores.items()}
     kept |= {f"ood_score_{name}": values for name, values in ood_scores.items()}
-    kept["again_predicted"] = rounded(predict(classifier, pixels)[0]).argmax(1).to(torch.uint8)
+    again = rounded(predict(classifier, pixels)[0])
+    kept["again_predicted"] = again.argmax(1).to(torch.uint8 if again.shape[1] <= 256 else torch.int32)
     attacked, course = attack(classifier, pixels, labels, run)
     for name, images in attacked.items(): kept[f"{name}_log_probs"] = predict(classifier, images)[0]
     kept["validation_labels"] = judged_by(validation, run)

@@ -180,9 +180,11 @@ def colours_of_code() -> str:
 
 # %% ../nbs/54_pages.ipynb #651c1db1
 STYLE = """
-:root { --paper: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --shade: #f6f8fa; --link: #0758b0 }
+:root { --paper: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --shade: #f6f8fa; --link: #0758b0;
+  --best: #b3261e }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #12161b; --ink: #e3e7ec; --soft: #9aa4ae; --line: #323a43; --shade: #1b2128; --link: #6cb2ff } }
+  :root { --paper: #12161b; --ink: #e3e7ec; --soft: #9aa4ae; --line: #323a43; --shade: #1b2128; --link: #6cb2ff;
+    --best: #ff7b72 } }
 * { box-sizing: border-box }
 html { scroll-padding-top: 4rem }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 }
@@ -221,7 +223,7 @@ th[aria-sort] { cursor: pointer }
 th[aria-sort]::after { content: " \\2195"; color: var(--soft) }
 th[aria-sort=ascending]::after { content: " \\2191" }
 th[aria-sort=descending]::after { content: " \\2193" }
-b.best { color: #b3261e }
+b.best { color: var(--best) }
 .site { position: sticky; top: 0; z-index: 2; background: var(--paper); border-bottom: 1px solid var(--line);
   padding: .5rem 1.2rem; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
 .site a { text-decoration: none }

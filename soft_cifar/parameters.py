@@ -18,7 +18,7 @@ import torch
 from . import labels as label_sources, losses, models
 from .arguments import Argument, arguments, collected, flag, optional, real, whole, word
 from .checks import InputError, brief, number, one_of, project_path
-from .data import OFFICIAL, PREPARED
+from .data import PREPARED, builders
 
 # %% ../nbs/39_parameters.ipynb #1a745257
 def text(name:str, value) -> str:
@@ -73,7 +73,7 @@ PRESETS["finetune"] = PRESETS["compact"] | dict(epochs=8, lr=.02)
 def companions(data:str) -> dict:
     "What goes with a data set: the out-of-distribution images, and the label that test images are judged by."
     if data == "oracle": return dict(ood="oracle_ood", test_labels="gold")
-    ood = "svhn" if data in [*OFFICIAL, *PREPARED] else "oracle_ood"     # `data` may still be anything
+    ood = "svhn" if data in [*builders(), *PREPARED] else "oracle_ood"     # `data` may still be anything
     return dict(ood=ood, test_labels="majority" if data == "cifar10h" else "auto")
 
 # %% ../nbs/39_parameters.ipynb #accc900b

@@ -79,7 +79,7 @@ def vote_bars(ax, classes, *distributions:Tensor) -> None:
 
 def people(image_set:ImageSet) -> Tensor:
     "The human distribution [N,K]; where nobody voted, the one-hot label."
-    if image_set.counts is not None: return image_set.probs
+    if image_set.counts is not None or image_set.soft is not None: return image_set.probs
     return metrics.distribution(image_set.labels, len(image_set.classes))
 
 def disputed_to_unanimous(image_set:ImageSet, n:int) -> Tensor:

@@ -6,8 +6,8 @@
 __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QUIET', 'SHARED', 'marked', 'Loader', 'read',
            'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
-           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
-           'state', 'status', 'cores', 'sharing_cores', 'host_of', 'run_papermill', 'sweep', 'standing', 'compare',
+           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'checked', 'notebook_of', 'meant', 'finished',
+           'last_error', 'state', 'status', 'cores', 'sharing_cores', 'host_of', 'sweep', 'standing', 'compare',
            'make_in_kernel', 'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers',
            'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of',
            'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
@@ -21,15 +21,14 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-import dask, pandas as pd, papermill, psutil, torch, yaml
+import dask, pandas as pd, psutil, torch, yaml
 from distributed import Client, LocalCluster, as_completed, get_worker
 from distributed.comm.core import CommClosedError
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 from . import data, models, runs
 from .checks import (
     DataError, InputError, StudyError, boolean, brief, carried, number, one_of, project_path, shown)
+from .kernels import DeadKernelError, PapermillExecutionError, run_papermill
 from .parameters import Run
 
 # %% ../nbs/41_study.ipynb #33af245a
@@ -360,6 +359,10 @@ def load(path, seeds:list[int]|None=None, only:str|None=None, within:tuple=()) -
     made.sort(key=lambda pair: (seeds.index(pair[0].seed), -1 if pair[0].fold is None else pair[0].fold))
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
+def checked(file) -> Path:
+    "The path of the study in `file`. Raises what `load` raises."
+    return load(file).path
+
 # %% ../nbs/41_study.ipynb #425effd5
 def notebook_of(run:Run) -> Path:
     "Where `execute` leaves the notebook of a run that failed."
@@ -432,15 +435,6 @@ def sharing_cores(jobs:int) -> int:
 def host_of(address:str) -> str:
     "The host of an address such as tcp://127.0.0.1:8786."
     return address.split("://")[-1].rsplit(":", 1)[0]
-
-def run_papermill(notebook:str, output:Path, parameters:dict):
-    """Execute `nbs/<notebook>` with `parameters` into the file `output`, in which no path of this machine
-    stays. Returns the executed notebook; raises what papermill raises."""
-    executed = papermill.execute_notebook(
-        carried(f"nbs/{notebook}"), output, parameters, kernel_name="python3", progress_bar=False,
-        cwd=project_path(), extra_arguments=["--IPKernelApp.log_level=50"])
-    output.write_text(output.read_text().replace(f"{project_path()}{os.sep}", ""))
-    return executed
 
 def sweep(run:Run) -> None:
     """Remove what killed processes left beside the folder of a `run` that is done: checkpoint, half a folder,

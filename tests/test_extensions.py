@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, copy_of_the_project
 
 from soft_cifar import runs
-from soft_cifar.data import ImageSet, write_archive
 
 METHOD = '''
 import torch, torch.nn.functional as F
@@ -80,6 +78,17 @@ class Plain(Backbone):
         self.head, self.num_features = nn.Linear(2 * channels, classes), 2 * channels
 '''
 
+DATASET = '''
+import torch
+
+def four(files) -> dict:
+    "Noise in four classes at 64 x 64 pixels, with up to 32 votes."
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (120, 64, 64, 3), generator=g).to(torch.uint8)
+    labels, counts = torch.randint(4, (120,), generator=g), torch.randint(1, 9, (120, 4), generator=g)
+    return dict(images=images, labels=labels, counts=counts, encoding="made up", classes=tuple("abcd"))
+'''
+
 
 def notebook(module, code):
     "A notebook that exports `code` to `module`, as JSON."
@@ -99,7 +108,8 @@ def extended(tmp_path_factory):
     "A copy of the project with one notebook more for each extension, exported, and its parameters cell written anew."
     place = tmp_path_factory.mktemp("extended")
     copy_of_the_project(place)
-    added = (26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.plain", NETWORK)
+    added = [(26, "models.evidential", METHOD), (9, "labels.confusion", SOURCE), (27, "backbones.plain", NETWORK),
+             (1, "datasets.made_up", DATASET)]
     for number, module, code in added:
         (place / "nbs" / f"{number:02d}_added.ipynb").write_text(notebook(module, code))
     export = [Path(sys.executable).with_name("nbdev_export")]
@@ -115,8 +125,8 @@ def test_each_is_one_file(extended):
     files = [path.relative_to(extended) for path in there if path.suffix in (".py", ".ipynb")]
     def as_before(file): return (ROOT / file).exists() and (ROOT / file).read_bytes() == (extended / file).read_bytes()
     changed = {str(file) for file in files if not as_before(file)}
-    added = {"nbs/09_added.ipynb", "nbs/26_added.ipynb", "nbs/27_added.ipynb"}
-    modules = "models/evidential.py", "labels/confusion.py", "backbones/plain.py", "_modidx.py"
+    added = {f"nbs/{number}_added.ipynb" for number in ("01", "09", "26", "27")}
+    modules = "models/evidential.py", "labels/confusion.py", "backbones/plain.py", "datasets/made_up.py", "_modidx.py"
     made = {f"soft_cifar/{name}" for name in modules}
     assert changed == added | made | {"nbs/train.ipynb"}, changed
     cell = (extended / "nbs" / "train.ipynb").read_text()
@@ -124,11 +134,7 @@ def test_each_is_one_file(extended):
 
 
 def test_a_run_of_four_classes_at_64_pixels_uses_them(extended):
-    "An archive of four classes at 64 x 64, the new method with its parameters, the new source and the new network."
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (120, 64, 64, 3), generator=g).to(torch.uint8)
-    labels, counts = torch.randint(4, (120,), generator=g), torch.randint(1, 9, (120, 4), generator=g)
-    write_archive(ImageSet("four", images, labels, counts, "made up", tuple("abcd")), extended / "data")
+    "The new data set, the new method with its parameters, the new source and the new network."
     parameters = dict(
         preset="demo", data="four", ood="oracle_ood", data_root="data", epochs=2, schedule="one_cycle",
         method="evidential", strength=.2, annealing=2, labels="one_confusion", rounds=3, backbone="plain", channels=4,

@@ -222,7 +222,8 @@ def test_imports_point_down():
             below = floor[target] < floor[module_of[path.stem]]
             assert below, f"{path.stem} names {target}, which is not below it"
         # the packages whose modules it finds
-        for package in texts.intersection(("soft_cifar.models", "soft_cifar.backbones", "soft_cifar.labels")):
+        packages = {f"soft_cifar.{name}" for name in ("models", "backbones", "labels", "datasets")}
+        for package in texts & packages:
             for target in (module for module in floor if module.startswith(f"{package}.")):
                 below = floor[target] < floor[module_of[path.stem]]
                 assert below, f"{path.stem} finds {target}, which is not below it"

@@ -29,7 +29,8 @@ def paint(folder, n, size):
 
 
 def votes_on(n, generator):
-    "Lines of a table: each of `n` images, of class i % 4, is seen by four people, who are right in most cases; Eve guesses."
+    """Lines of a table: each of `n` images, of class i % 4, is seen by four people, who are right in most cases; Eve
+    guesses."""
     lines = []
     for i in range(n):
         for who in generator.choice(5, 4, replace=False):
@@ -65,7 +66,8 @@ def table_of(case, *lines, header=HEADER, before=("0", "1", "2", "3", "4", "5"))
 WRONG_LINES = {
     "unknown image": ("9.png,Ben,dot", r"votes\.csv, line 8: image '9\.png' is not among the 6 there are"),
     "image outside": ("../images/0.png,Ben,dot", r"votes\.csv, line 8: image '\.\./images/0\.png' is not among"),
-    "unknown class": ("0.png,Ben,dit", r"votes\.csv, line 8: label 'dit' is not among the 4 there are, did you mean 'dot'"),
+    "unknown class": ("0.png,Ben,dit",
+                      r"votes\.csv, line 8: label 'dit' is not among the 4 there are, did you mean 'dot'"),
     "second vote": ("0.png,Ada,ring", r"votes\.csv, line 8: Ada votes on 0\.png for the second time, after line 2"),
     "empty label": ("0.png,Ben,", r"votes\.csv, line 8: label is empty"),
     "a cell too many": ("0.png,Ben,dot,ring", r"votes\.csv, line 8: 4 cells, expected 3"),
@@ -168,7 +170,8 @@ def test_what_was_there_stays(case):
     "A table that does not fit leaves an archive of that name as it was; one that fits replaces it."
     path = own.prepare(case / "images", case / "votes.csv", "mine", root=case / "root")
     before = path.read_bytes()
-    with pytest.raises(StudyError): own.prepare(case / "images", table_of(case, "x,y,z") / "votes.csv", "mine", root=case / "root")
+    wrong = table_of(case, "x,y,z") / "votes.csv"
+    with pytest.raises(StudyError): own.prepare(case / "images", wrong, "mine", root=case / "root")
     assert path.read_bytes() == before and [file.name for file in (case / "root").iterdir()] == ["mine.npz"]
     own.prepare(case / "images", table_of(case, "0.png,Ben,ring") / "votes.csv", "mine", root=case / "root")
     assert data.load("mine", case / "root").classes == ("dot", "ring")
@@ -177,8 +180,10 @@ def test_what_was_there_stays(case):
 def test_votes_are_those_of_the_table(case):
     "Counts, annotations and majority against a count by hand; numbers as names are in numeric order."
     generator = np.random.default_rng()
-    said = {(i, who): str(generator.integers(9, 12)) for i in range(6) for who in ("2", "10", "Ada") if generator.random() < .8 or who == "2"}
-    (case / "votes.csv").write_text("\n".join(["label,time,annotator,image", *[f"{label},3 s,{who},{i}.png" for (i, who), label in said.items()]]))
+    said = {(i, who): str(generator.integers(9, 12)) for i in range(6) for who in ("2", "10", "Ada")
+            if generator.random() < .8 or who == "2"}
+    lines = [f"{label},3 s,{who},{i}.png" for (i, who), label in said.items()]
+    (case / "votes.csv").write_text("\n".join(["label,time,annotator,image", *lines]))
     own.prepare(case / "images", case / "votes.csv", "mine", classes=["9", "10", "11"], root=case / "root")
     made = data.load("mine", case / "root")
     assert made.annotators == ("2", "10", "Ada") and made.classes == ("9", "10", "11")
@@ -205,9 +210,12 @@ def test_dawid_skene_is_that_of_crowd_kit():
     lines = [line.split(",") for line in votes_on(300, generator)]
     said = torch.tensor([[int(image[:-4]), PEOPLE.index(who), CLASSES.index(label)] for image, who, label in lines])
     said = said[(said[:, 0] * 5 + said[:, 1]).argsort()]
-    counts = torch.zeros(300, 4, dtype=torch.long).index_put_((said[:, 0], said[:, 2]), torch.tensor(1), accumulate=True)
-    votes = data.ImageSet("few", torch.zeros(300, 1, 1, 3, dtype=torch.uint8), counts.argmax(1), counts, "none", CLASSES, annotations=said, annotators=PEOPLE)
-    theirs = aggregation.DawidSkene(n_iter=2000, tol=0).fit(pd.DataFrame(said.numpy(), columns=["task", "worker", "label"]))
+    counts = torch.zeros(300, 4, dtype=torch.long)
+    counts.index_put_((said[:, 0], said[:, 2]), torch.tensor(1), accumulate=True)
+    votes = data.ImageSet("few", torch.zeros(300, 1, 1, 3, dtype=torch.uint8), counts.argmax(1), counts, "none",
+                          CLASSES, annotations=said, annotators=PEOPLE)
+    table = pd.DataFrame(said.numpy(), columns=["task", "worker", "label"])
+    theirs = aggregation.DawidSkene(n_iter=2000, tol=0).fit(table)
     belief, confusion = crowd.estimate(votes, prior=1e-9, rounds=2000)
     expected = torch.from_numpy(theirs.probas_.sort_index()[range(4)].to_numpy().copy())
     torch.testing.assert_close(belief, expected, atol=.01, rtol=0)
@@ -256,8 +264,8 @@ def test_from_a_table_to_a_report(project):
 
 
 def test_explore_shows_who_disagrees(project):
-    """The notebook to look around in, on four classes at 64 x 64 with annotators, and on counts of two classes by nobody
-    in particular."""
+    """The notebook to look around in, on four classes at 64 x 64 with annotators, and on counts of two classes by
+    nobody in particular."""
     own.prepare(project / "photos", project / "votes.csv", "looked_at", root=project / "data")
     lines = ["image,yes,no", *[f"{i}.png,{1 + i % 3},{i % 2}" for i in range(80)]]
     (project / "counts.csv").write_text("\n".join(lines))

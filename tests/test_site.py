@@ -1,5 +1,5 @@
-"""The site: every page has what it needs, no link leads nowhere, nothing is fetched from elsewhere. And what nbdev asks of
-notebooks to make pages of its own."""
+"""The site: every page has what it needs, no link leads nowhere, nothing is fetched from elsewhere. And what nbdev asks
+of notebooks to make pages of its own."""
 import ast
 import json
 import posixpath

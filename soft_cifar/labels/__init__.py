@@ -22,8 +22,9 @@ class Votes:
     """What a label source asks of an image set, where there are only its votes `counts` [N,K], how many chose which
     class. Raises `InputError` unless they are whole numbers >= 0, at least one in each row."""
     counts: Tensor
-    name = "votes"
-    probs, majority, pixels = ImageSet.probs, ImageSet.majority, ImageSet.pixels
+    name, soft = "votes", None
+    probs, votes = ImageSet.probs, ImageSet.votes
+    majority, pixels = ImageSet.majority, ImageSet.pixels
 
     def __post_init__(self):
         shapes(counts=(self.counts, "NK"))

@@ -88,7 +88,6 @@ def agreement_between(image_set:ImageSet, who:Tensor) -> Tensor:
 def second_opinion(image_set:ImageSet) -> Tensor:
     """If one annotator says k, how often another one says l of the same image, [K,K]; rows sum to 1, and are NaN for a
     class that nobody says in company. Needs counts only. Raises `DataError` where nobody voted."""
-    image_set.probs     # there are votes at all
-    counts = image_set.counts.double()
+    counts = image_set.votes.double()
     pairs = counts.T @ counts - counts.sum(0).diag()     # nobody is their own second opinion
     return pairs / pairs.sum(1, keepdim=True)

@@ -146,19 +146,22 @@ def ols_single(image_set:ImageSet, ols_alpha:LABEL_WEIGHT=.5,
 # %% ../../nbs/05_online.ipynb #e18f3d50
 def noisy(image_set:ImageSet, noise:float, seed:int) -> ImageSet:
     """`image_set` with symmetric label noise: in a share `noise` of the images, by `seed`, the majority class (where
-    nobody voted, the label) changes places with another class, in votes and label. Raises `InputError` for a share
-    outside [0,1]."""
+    nobody voted, the label) changes places with another class, in votes, soft labels and label. Raises `InputError` for
+    a share outside [0,1]."""
     count = round(number("noise", noise, low=0, high=1) * len(image_set))
     g, K = torch.Generator().manual_seed(seed), len(image_set.classes)
     wrong = torch.randperm(len(image_set), generator=g)[:count]
-    was = (image_set.labels if image_set.counts is None else image_set.majority)[wrong]
+    given = image_set.soft if image_set.counts is None else image_set.counts
+    was = (image_set.labels if given is None else image_set.majority)[wrong]
     now = (was + torch.randint(1, K, (count,), generator=g)) % K
     was, now = was[:, None], now[:, None]
     # row i: which class goes where
     place = torch.arange(K).repeat(count, 1).scatter(1, was, now).scatter(1, now, was)
     labels = image_set.labels.index_copy(0, wrong, place.gather(1, image_set.labels[wrong, None])[:, 0])
-    if image_set.counts is None: return replace(image_set, labels=labels)
-    counts = image_set.counts.index_copy(0, wrong, image_set.counts[wrong].gather(1, place))
+    if given is None: return replace(image_set, labels=labels)
+    given = given.index_copy(0, wrong, given[wrong].gather(1, place))
+    if image_set.counts is None: return replace(image_set, labels=labels, soft=given)
+    counts = given
     if image_set.annotations is None: return replace(image_set, labels=labels, counts=counts)
     everywhere = torch.arange(K).repeat(len(image_set), 1).index_copy(0, wrong, place)
     image, annotator, label = image_set.annotations.unbind(1)

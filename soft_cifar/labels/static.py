@@ -80,8 +80,7 @@ def votes(image_set:ImageSet, votes:whole("how many votes of each image", 1)=5, 
     """The distribution of `votes` of each image's votes, drawn without replacement by `seed`; the first k of k + 1
     votes are those of k. An image with fewer gives all it has, and the remark counts them. Raises `InputError` where
     every image has fewer."""
-    soft(image_set)             # there are votes at all
-    counts, k = image_set.counts.numpy(), votes
+    counts, k = image_set.votes.numpy(), votes
     given = counts.sum(1)
     if k > given.max(): raise InputError(
         f"votes={k}, but no image of {image_set.name} has more than {given.max()}: expected at most that many, or "
