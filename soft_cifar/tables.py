@@ -235,14 +235,15 @@ def seen_from(row) -> str:
     smallest, detectable = (metric.difference(x, sign="") for x in (row.smallest, row.detectable))
     return f"what matters is {smallest}, what the design sees {detectable}"
 
-WORDS = {   # verdict: how the sentence on soft labels begins
-    "better": "On other seeds and test images, soft labels are better in",
-    "better, on these images": "With this pool of images, soft labels are better in",
-    "worse": "On other seeds and test images, soft labels are worse in",
-    "worse, on these images": "With this pool of images, soft labels are worse in",
-    "no difference that matters": "They make no difference that matters to",
-    "no difference that matters, on these images": "With this pool of images, they make no difference that matters to",
-    "undecided": "Undecided:"}
+WORDS = {   # verdict: the sentence on soft labels
+    "better": "Soft labels are better in {}, and would be on other seeds and test images.",
+    "better, on these images": "With this pool of images, soft labels are better in {}.",
+    "worse": "Soft labels are worse in {}, and would be on other seeds and test images.",
+    "worse, on these images": "With this pool of images, soft labels are worse in {}.",
+    "no difference that matters": "They make no difference that matters to {}.",
+    "no difference that matters, on these images":
+        "With this pool of images, they make no difference that matters to {}.",
+    "undecided": "Undecided: {}."}
 
 def finding(differences:pd.DataFrame) -> str:
     """The verdicts on soft labels, a sentence each, from the pooled rows of `soft_minus_hard`; empty where there are
@@ -250,15 +251,15 @@ def finding(differences:pd.DataFrame) -> str:
     promised = differences[(differences.configuration == "pooled") & (differences.verdict != "")]
     if not len(promised): return ""
     if promised.verdict.str.startswith("not testable").any(): return "One seed decides nothing."
-    decided = (promised.verdict != "undecided").sum()
-    questions = f"Of {len(promised)} questions about soft labels"
-    sentences = [f"{questions}, {promised.n.min()} seeds decide {decided or 'none'}."]
-    for verdict, opening in WORDS.items():
+    sentences = []
+    for verdict, sentence in WORDS.items():
         rows = promised[promised.verdict == verdict]
         amounts = [amount(row) for row in rows.itertuples()]
         if verdict == "undecided":
             amounts = [f"{text[:-1]}; {seen_from(row)})" for text, row in zip(amounts, rows.itertuples())]
-        if amounts: sentences.append(f"{opening} {', '.join(amounts)}.")
+        if amounts: sentences.append(sentence.format(", ".join(amounts)))
+    decided = (promised.verdict != "undecided").sum()
+    sentences.append(f"Questions about soft labels that {promised.n.min()} seeds decide: {decided} of {len(promised)}.")
     return " ".join(sentences)
 
 def claim_sentences(rows:pd.DataFrame) -> list[str]:
