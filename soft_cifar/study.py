@@ -6,11 +6,11 @@
 __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QUIET', 'SHARED', 'marked', 'Loader', 'read',
            'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
-           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'checked', 'notebook_of', 'meant', 'finished',
-           'last_error', 'state', 'status', 'cores', 'sharing_cores', 'host_of', 'sweep', 'standing', 'compare',
-           'make_in_kernel', 'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers',
-           'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of',
-           'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
+           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
+           'state', 'status', 'cores', 'sharing_cores', 'host_of', 'sweep', 'standing', 'compare', 'make_in_kernel',
+           'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers', 'write_token', 'meeting',
+           'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of', 'pairing', 'row_of', 'gather',
+           'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, hashlib, itertools, json, logging, math
@@ -358,10 +358,6 @@ def load(path, seeds:list[int]|None=None, only:str|None=None, within:tuple=()) -
         made = select(made, only, models)
     made.sort(key=lambda pair: (seeds.index(pair[0].seed), -1 if pair[0].fold is None else pair[0].fold))
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
-
-def checked(file) -> Path:
-    "The path of the study in `file`. Raises what `load` raises."
-    return load(file).path
 
 # %% ../nbs/41_study.ipynb #425effd5
 def notebook_of(run:Run) -> Path:
@@ -713,12 +709,20 @@ class Predictions(Mapping):
     number of the `pairing`: read from their folders when asked for, and not kept."""
     def __init__(self, study:Study, gathered:pd.DataFrame):
         done = set(zip(gathered.cell, gathered.seed)) if len(gathered) else set()
-        self.folders = {(study.models[run.cell], run.labels, run.mix, pairing(run)): run.folder
-                        for run in study.runs if (run.cell, pairing(run)) in done}
+        there = {(study.models[run.cell], run.labels, run.mix, pairing(run)): run
+                 for run in study.runs if (run.cell, pairing(run)) in done}
+        self.folders = {key: run.folder for key, run in there.items()}
+        self.tested = {key: tuple(getattr(run, name) for name in runs.SPLIT) for key, run in there.items()}
 
     def __getitem__(self, key:tuple) -> dict[str, torch.Tensor]: return runs.load(self.folders[key])[1]
     def __iter__(self): return iter(self.folders)
     def __len__(self) -> int: return len(self.folders)
+
+    def once_each(self) -> dict[tuple, dict]:
+        "The predictions of one run, the first, for each set of test images."
+        first = {}
+        for key, split in self.tested.items(): first.setdefault(split, key)
+        return {key: self[key] for key in first.values()}
 
 # what all runs of one table should share
 SHARED = ("preset", "data", "data_fingerprint", "data_encoding", "ood", "ood_fingerprint", "ood_encoding", "train_size",
