@@ -12,6 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1800     # seconds after which something hangs; on no machine does a result depend on it
+os.environ["OMP_NUM_THREADS"] = "1"     # numbers are compared, which may depend on threads
+
+# fixtures that take seconds: the tests that share one run in the same process
+SHARED = "extended", "project", "site", "start", "strangers", "tiny", "undisturbed"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name in SHARED:
+            if name in item.fixturenames: item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

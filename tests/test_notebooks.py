@@ -25,7 +25,8 @@ def source(notebook, tag=None):
 
 # Its children start with the libraries imported, and share no more.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "pandas", "seaborn", "scipy.stats", "execnb.shell"])
+processes.set_forkserver_preload([     # an optimiser imports PyTorch's compiler
+    "torch", "torch._dynamo", "pandas", "seaborn", "scipy.stats", "distributed", "papermill", "execnb.shell"])
 
 
 def run_lesson(notebook, executed, said):
@@ -57,6 +58,7 @@ PLACEHOLDERS = [
     (r"# h # min\b|# min\b|# h\b", "# s"),         # how long it takes, on whatever machine
     (r"[-=]{3,}", "-"),                            # rules and columns are as wide as their numbers
     (r"\s+", " "),
+    (r"\[ (?=#)", "["),                            # where a tensor leaves room for a sign
 ]
 # In the markup of a table pandas names the cells at random.
 MARKUP = re.compile(r"<style.*?</style>|<[^<>]*>", re.DOTALL)
@@ -130,6 +132,7 @@ TABLE = {"text/html": '<style>#T_1</style><table id="T_1"><td>basic</td><td>0.81
 SAME = {
     "other numbers": (cell_of("loss 2.3, 1,500 images, 1e-05\n"), cell_of("loss  12.34., 7 images, .5\n")),
     "more digits": (cell_of("[-1.0, 3]"), cell_of("[-0.9999998807907104, 1234567.5]")),
+    "another sign": (cell_of("tensor([0.1, 2.0])"), cell_of("tensor([ 0.1, -2.0])")),
     "another time": (cell_of("about 3 h 15 min, 7 min left"), cell_of("about 42 s, 0 s left")),
     "another digest": (cell_of("commit 9adf77d+ of 0.1.0"), cell_of("commit 41f7e6e of 2.15.0+cu132")),
     "cut elsewhere": (cell_of("a\n", FIGURE, "b\n"), cell_of("a\nb\n", FIGURE)),

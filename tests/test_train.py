@@ -3,14 +3,14 @@ import json
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import PATIENCE, ROOT, differences, kill, started, stopped, stopping, wait_for, watched
 
-from soft_cifar import evaluation, runs
+from soft_cifar import evaluation, experiment, runs
+from soft_cifar.parameters import Run
 
 TINY = dict(preset="demo", depth=8, schedule="one_cycle", epochs=3,
             train_size=300, validation_size=100, test_size=200, ood_size=200)
@@ -25,17 +25,6 @@ def papermill(out, cwd=ROOT, **parameters):
     words = command(out, **parameters)
     if cwd != ROOT: words[3] = str(ROOT / "nbs" / "train.ipynb")
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
-
-
-def side_by_side(place, wanted, **environment):
-    "Execute `wanted`, name to parameters, at the same time with a thread each; the folder of each."
-    def start(name, parameters):
-        words = command(place / f"{name}.ipynb", output=place / name, **parameters)
-        return stack.enter_context(started(words, place / f"{name}.txt", OMP_NUM_THREADS="1", **environment))
-    with ExitStack() as stack:
-        processes = {name: start(name, parameters) for name, parameters in wanted.items()}
-        for name, process in processes.items(): assert process.wait() == 0, (place / f"{name}.txt").read_text()[-3000:]
-    return {name: only_run(place / name) for name in wanted}
 
 
 def only_run(output): return next(Path(output).glob("*/*/seed-*"))
@@ -76,7 +65,8 @@ OWN_SCORES = dict(dropout="mutual_information", sngp="gp_variance", duq="max_ker
 def test_methods(tmp_path, method, score):
     "Every method trains and is measured with its own score; the one that draws at random predicts the same twice."
     names = ("one", "two") if method == "dropout" else ("one",)
-    folders = [*side_by_side(tmp_path, {name: TINY | dict(method=method, epochs=2) for name in names}).values()]
+    parameters = TINY | dict(method=method, epochs=2, test_size=100, ood_size=100)
+    folders = [experiment.execute(Run(**parameters, output=str(tmp_path / name))) for name in names]
     metrics = runs.load(folders[0])[0]["metrics"]
     assert 0 <= metrics[f"auroc_{score}"] <= 1 and (metrics["resampling_flips"] > 0) == (method == "dropout")
     assert differences(folders[0], folders[-1]) == {}
@@ -142,9 +132,9 @@ def test_memory_stays_under_two_gigabytes(tmp_path, method):
 
 def test_real_images(real_data, tmp_path):
     "CIFAR-10H, hard and soft: same split, same initial weights, the same bytes twice, and the figures of the data set."
-    few = dict(method="basic", schedule="one_cycle", epochs=2, train_size=1000, depth=8)
-    wanted = {name: few | dict(labels=labels) for name, labels in dict(soft="soft", again="soft", hard="hard").items()}
-    folders = side_by_side(tmp_path, wanted, SOFT_CIFAR_DATA=str(real_data))
+    few = dict(method="basic", schedule="one_cycle", epochs=2, train_size=1000, depth=8, data_root=str(real_data))
+    def made(name, labels): return experiment.execute(Run(**few, labels=labels, output=str(tmp_path / name)))
+    folders = {name: made(name, labels) for name, labels in dict(soft="soft", hard="hard", again="soft").items()}
     assert differences(folders["soft"], folders["again"]) == {}
     assert "log_probs" in differences(folders["soft"], folders["hard"])
     soft, hard = (np.load(folders[name] / "predictions.npz") for name in ("soft", "hard"))
