@@ -122,7 +122,7 @@ def test_memory_stays_under_two_gigabytes(tmp_path, method):
     """ResNet-20 at the published batch size; `basic` with all 8,000 training images, `dropout` with the ten samples
     that an attack differentiates."""
     size = dict(basic=8000, dropout=500)[method]
-    sizes = dict(train_size=size, test_size=100, ood_size=100)
+    sizes = dict(train_size=size, validation_size=100, test_size=100, ood_size=100)
     short = dict(data="oracle", schedule="one_cycle", epochs=1)
     words = command(tmp_path / "out.ipynb", output=tmp_path / "runs", method=method, **short, **sizes)
     status, said, peak = watched(words, tmp_path / "said")
