@@ -126,8 +126,9 @@ MASS = word("whose votes off the majority are spread: each image's own, or the m
 
 @checked
 def even(image_set:ImageSet, mass:MASS="each") -> Table:
-    """A control: the votes that are not for the majority are spread evenly over the other classes. It is as soft as the
-    votes, and says nothing of which class an image resembles; with `mass` "mean", nor of which image is disputed."""
+    """A control: it keeps how many votes left the majority, and spreads them evenly over the other classes. So it says
+    nothing of which class an image resembles, and its entropy is higher than that of the votes. With `mass` "mean" each
+    image has the mean share off the majority: neither does it say which image is disputed."""
     probs, majority = image_set.probs, onehot(image_set.majority, image_set).double()
     off = 1 - (probs * majority).sum(1, keepdim=True)
     if mass == "mean": off = off.mean().expand_as(off)
