@@ -323,6 +323,7 @@ def answer(differences) -> Figure:
     ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - .4, -.6))
     meaning = "what soft labels improve, in multiples of\nthe smallest difference that matters (grey)"
     ax.set_xlabel(meaning, fontsize=11)
+    fig.suptitle("\n".join(textwrap.wrap(verdict_title(rows), 60)), fontsize=11)
     ax.tick_params(labelsize=11, left=False)
     sns.despine(ax=ax, left=True)
     return fig
