@@ -172,23 +172,23 @@ def is_shown(cell) -> bool:
 ON_PURPOSE = {error.__name__ for error in (StudyError, InputError, DataError)}
 
 def compiled(path:Path, place:Path):
-    """`report.ipynb`, executed for the study file `path` and kept in the folder `place`, where nothing changes if the
-    study cannot be reported. Raises `StudyError`, `DataError`."""
+    """`report.ipynb`, executed for the study file `path` and kept in the folder `place`, in which nothing changes where
+    the study has nothing to report. Raises `StudyError`, `DataError`."""
     kept, failure = place / "report.ipynb", ""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / kept.name
-            try: notebook = kernels.run_papermill("report.ipynb", written, dict(study_file=shown(path)))
-            except kernels.PapermillExecutionError as error:
-                if error.ename in ON_PURPOSE: raise StudyError(error.evalue) from None
-                failure = error.evalue
-            except kernels.DeadKernelError:
-                failure = "the kernel that compiled the report died, perhaps for want of memory"
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / kept.name
+        try: notebook = kernels.run_papermill("report.ipynb", written, dict(study_file=shown(path)))
+        except kernels.PapermillExecutionError as error:
+            if error.ename in ON_PURPOSE: raise StudyError(error.evalue) from None
+            failure = f"{error.ename}: {error.evalue}".rstrip(": ")
+        except kernels.DeadKernelError:
+            failure = "the kernel that compiled the report died, perhaps for want of memory"
+        try:
             place.mkdir(parents=True, exist_ok=True)
             shutil.move(written, kept)
-    except OSError as error:
-        raise DataError(f"cannot write to {shown(place)} ({error.strerror or error}): free some space, "
-                        "or copy the study to a folder you can write to") from None
+        except OSError as error:
+            raise DataError(f"cannot write to {shown(place)} ({error.strerror or error}): free some space, "
+                            "or copy the study to a folder you can write to") from None
     if failure: raise StudyError(f"{failure} (notebook: {shown(kept)})")
     return notebook
 

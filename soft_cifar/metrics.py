@@ -355,6 +355,7 @@ class Metric:
     decimals: int = 3
     primary: bool = False
     smallest: float = math.nan    # difference that matters, fixed beforehand; nan: nobody said
+    plain: str = ""               # what it is about, for those who do not know its name
 
     @property
     def direction(self) -> int:
@@ -393,7 +394,8 @@ METRICS = {metric.name: metric for metric in (
            "0 to 2", "lower"),
 
     Metric("kl_humans", "KL to people", "KL divergence from the human distribution",
-           "nats, from 0", "lower", "nats", column="KL to people", primary=True, smallest=.01),
+           "nats, from 0", "lower", "nats", column="KL to people", primary=True, smallest=.01,
+           plain="nearness to how people vote"),
     Metric("kl_humans_correct", "KL to people where right",
            "kl_humans on the images this model classifies right, as Zhang et al. compare in their table XII",
            "nats, from 0", "lower", "nats"),
@@ -424,7 +426,7 @@ METRICS = {metric.name: metric for metric in (
 
     Metric("ece_votes", "ECE against votes",
            "ece against the votes: an image is right by the share of people who say what the network says",
-           "0 to 1", "lower", column="ECE against votes", primary=True, smallest=.005),
+           "0 to 1", "lower", column="ECE against votes", primary=True, smallest=.005, plain="honest confidence"),
     Metric("ece", "ECE, 15 bins", "expected calibration error of the top label, 15 bins",
            "0 to 1", "lower"),
     Metric("ece_10", "ECE", "ece with the published study's 10 bins",
@@ -459,7 +461,8 @@ METRICS = {metric.name: metric for metric in (
 
     Metric("auroc_max_logit", "OOD AUROC",
            "out-of-distribution images (positive) told from test images by the maximal logit",
-           "0 to 1, chance .5", "higher", column="OOD AUROC", primary=True, smallest=.01),
+           "0 to 1, chance .5", "higher", column="OOD AUROC", primary=True, smallest=.01,
+           plain="telling unfamiliar images apart"),
     Metric("auroc_<score>", "OOD AUROC by <score>",
            "out-of-distribution images (positive) told from test images by the score",
            "0 to 1, chance .5", "higher"),
@@ -475,7 +478,8 @@ METRICS = {metric.name: metric for metric in (
     Metric("fgsm_accuracy", "FGSM: accuracy left", "share right both before and after FGSM",
            "0 to 1", "higher", "points"),
     Metric("fgsm_drop", "FGSM: accuracy lost", "accuracy lost to FGSM, over all test images",
-           "0 to 1", "lower", "points", column="Attack decrease", primary=True, smallest=.01),
+           "0 to 1", "lower", "points", column="Attack decrease", primary=True, smallest=.01,
+           plain="withstanding an attack"),
     Metric("fgsm_drop_of_correct", "FGSM: right answers lost",
            "share of the right answers lost to FGSM",
            "0 to 1", "lower", "points"),

@@ -29,7 +29,8 @@ from .tables import best_of, names_of
 
 # %% ../nbs/51_plots.ipynb #86755098
 HUMAN, MODEL, OTHER, FAULT = sns.color_palette("colorblind")[:4]
-AXES = {"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False}
+AXES = {"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False,
+        "svg.hashsalt": "soft_cifar"}     # so that a file differs only where the figure does
 sns.set_theme(style="ticks", palette="colorblind", font_scale=.9, rc=AXES)
 
 # %% ../nbs/51_plots.ipynb #07efbaa2
@@ -304,7 +305,7 @@ def forest_panel(ax, metric:metrics.Metric, part) -> None:
 
 # %% ../nbs/51_plots.ipynb #b223039b
 def answer(differences) -> Figure:
-    """What soft labels change: the pooled rows of `tables.soft_minus_hard` that have a smallest difference that
+    """What soft labels improve: the pooled rows of `tables.soft_minus_hard` that have a smallest difference that
     matters and a better side, in units of it, better to the right. The thin line is the 95% interval, the thick one
     behind it that for a new pool of images."""
     rows = differences[(differences.configuration == "pooled") & differences.smallest.notna()]
@@ -320,8 +321,9 @@ def answer(differences) -> Figure:
     ax.axvline(0, color="grey", lw=1)
     names = [f"{lookup(row.metric).label}\n{signed(row)}" for row in rows.itertuples()]
     ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - .4, -.6))
-    meaning = "soft minus hard labels, in smallest differences\nthat matter (grey); better to the right"
+    meaning = "what soft labels improve, in multiples of\nthe smallest difference that matters (grey)"
     ax.set_xlabel(meaning, fontsize=11)
+    fig.suptitle("\n".join(textwrap.wrap(verdict_title(rows), 60)), fontsize=11)
     ax.tick_params(labelsize=11, left=False)
     sns.despine(ax=ax, left=True)
     return fig
