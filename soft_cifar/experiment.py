@@ -39,8 +39,8 @@ class Parts:
 
 def prepare(run:Run) -> Parts:
     """The images that `run` learns from and is measured on. Raises `DataError` where they are missing, damaged, lack
-    the labels that they are judged by, or are not told apart; `InputError` where there are fewer than `run` asks
-    for."""
+    the labels that they are judged by, are not told apart, or would be scored though they are learnt from;
+    `InputError` where there are fewer than `run` asks for."""
     whole, other = load(run.data, run.data_root), load(run.ood, run.data_root)
     check_apart(whole, other)
     train, validation, test = parted(whole, run)
@@ -48,6 +48,7 @@ def prepare(run:Run) -> Parts:
     ood = other.first(run.ood_size)
     runs.check_start(run, train)
     further = shift.further(run, whole)
+    shift.check_new(further, [train, validation], test)
     scored = [(images, images) for images in (*further.shifted, *further.unfamiliar)]
     runs.check_unseen(run, [(test, whole), (ood, other), *scored])
     if run.noise: train, validation = noisy(train, run.noise, run.seed), noisy(validation, run.noise, run.seed)

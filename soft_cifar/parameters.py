@@ -255,6 +255,10 @@ class Checked:
             raise InputError(
                 f"labels={self.labels!r} with loss={self.loss!r}: the sum of the losses to each teacher is taken as a "
                 f"multiple of the loss to their mean, which holds for cross_entropy only; use it, or labels={mean!r}")
+        alone = getattr(label_sources.sources()[self.labels], "learns_unmixed", False)
+        if alone and self.mix != "none" and self.mix_probability == 1: raise InputError(
+            f"mix_probability={self.mix_probability} with labels={self.labels!r}, which learns from batches that are "
+            f"not mixed: expected below 1, or there are none. Lower it, or leave out mix={self.mix!r}")
         if self.loss == "symmetric_ce" and not self.sce_alpha + self.sce_beta: raise InputError(
             "sce_alpha=0 and sce_beta=0 leave no loss to minimise: let one of them be above 0")
 

@@ -116,6 +116,27 @@ def test_a_shift_set_that_was_learnt_from_is_refused_and_others_are_scored(place
     assert len(kept["pgd_path_nll"]) == 3 and "new" in record["data"]
 
 
+def test_a_further_set_of_what_the_run_itself_learns_from_is_refused(tmp_path):
+    """500 images of the oracle set under another name. Some of them train the network, some choose its weights, and
+    some are its test, which may be tested again, and are not unfamiliar. Positions in the set say which."""
+    whole, usual = data.load("oracle"), Run(preset="demo")
+    sizes = usual.train_size, usual.validation_size, usual.test_size
+    train, validation, test = (part.index[part.index < 500] for part in data.split(whole, sizes, usual.seed))
+    for part in (train, validation, test): assert len(part), (train, validation, test)
+    first = whole.first(500)
+    for name, which in (("again", first.index), ("tested", test)):
+        data.write_archive(replace(first.subset(which), name=name, posterior=None), tmp_path)
+    def asks(**sets): return Run(preset="demo", data_root=str(tmp_path), **sets)
+    common, few = len(train) + len(validation), len(test)
+    refused(lambda: experiment.prepare(asks(shift_sets=["again"])),
+            f"shift_sets names again, and {common} of its 500 images", "training and validation images")
+    refused(lambda: experiment.prepare(asks(ood_sets=["again"])),
+            f"ood_sets names again, and {common + few} of its 500 images")
+    refused(lambda: experiment.prepare(asks(ood_sets=["tested"])), f"ood_sets names tested, and {few} of its {few}")
+    shifted = experiment.prepare(asks(shift_sets=["tested"])).further.shifted
+    assert [len(one) for one in shifted] == [few], shifted
+
+
 def test_a_shift_set_without_labels_is_refused_before_training(place, start):
     drawn = oracle.generate(30, seed=4)
     words = ImageSet("words", drawn["images"], drawn["labels"] % 2, classes=("yes", "no"))
