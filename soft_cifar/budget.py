@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'JUDGED', 'EXTRA', 'Head', 'standardised', 'fit', 'tuned', 'bought', 'targets_of', 'Pool', 'Outcome',
-           'judged', 'outcome', 'plan_of', 'grid', 'table', 'difference', 'same_spending', 'compare', 'spending',
-           'unsure', 'shared_out', 'plans', 'second_opinions']
+           'judged', 'outcome', 'plan_of', 'grid', 'table', 'difference', 'same_spending', 'compare', 'how_much',
+           'spending', 'unsure', 'shared_out', 'plans', 'second_opinions']
 
 # %% ../nbs/45_budget.ipynb #5572181c
 import math
@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, scipy.optimize, scipy.special, torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from . import metrics, stats
-from .checks import InputError, number, shapes
+from .checks import InputError, number, one_of, shapes
 from .claims import decide, evidence
 from .labels.static import first_votes
 
@@ -40,9 +40,14 @@ def standardised(features:Tensor, mean:np.ndarray, std:np.ndarray) -> np.ndarray
 
 def fit(features:Tensor, targets:Tensor, strength:float, start:np.ndarray|None=None) -> Head:
     """The head with the least penalised cross-entropy to `targets` [N,K] on `features` [N,F], by L-BFGS from the
-    weights `start` [F+1,K] or 0. Raises `InputError` for shapes that differ and for `strength` <= 0."""
+    weights `start` [F+1,K] or 0. Raises `InputError` for shapes that differ, for numbers that are not finite, and for
+    `strength` <= 0."""
     shapes(features=(features, "NF", "floating"), targets=(targets, "NK", "floating"))
     number("strength", strength, low=0, open_low=True)
+    for name, values in (("features", features), ("targets", targets)):
+        broken = (~values.isfinite()).any(1).nonzero().flatten().tolist()
+        if broken: raise InputError(
+            f"{name} of image {broken[0]} are not finite ({len(broken)} images): expected numbers. Leave these out")
     mean, std = features.double().mean(0).numpy(), features.double().std(0).clamp(min=1e-6).numpy()
     x, y = standardised(features, mean, std), targets.double().numpy()
     size = x.shape[1], y.shape[1]
@@ -81,8 +86,8 @@ def tuned(features:Tensor, targets:Tensor, strengths=STRENGTHS) -> Head:
 
 # %% ../nbs/45_budget.ipynb #c5c305ad
 def bought(counts:np.ndarray, plan:np.ndarray, seed:int) -> np.ndarray:
-    """Of the votes `counts` [N,K] the first `plan` [N] of each image, in an order drawn by `seed`: int64 [N,K].
-    Raises `InputError` where an image has fewer than the plan buys."""
+    """Of the votes `counts` [N,K] the first `plan` [N] of each image, in an order drawn by `seed`: int64 [N,K]. An
+    image of which none is bought has a row of zeros. Raises `InputError` where one has fewer than the plan buys."""
     given = counts.sum(1)
     short = np.flatnonzero(given < plan)
     if len(short): raise InputError(
@@ -95,7 +100,12 @@ def bought(counts:np.ndarray, plan:np.ndarray, seed:int) -> np.ndarray:
     return votes
 
 def targets_of(votes:np.ndarray, kind:str, generator:np.random.Generator) -> Tensor:
-    "The shares (`kind` soft) or the majority (hard) of `votes` [N,K], float64 [N,K]."
+    """The shares (`kind` soft) or the majority (hard) of `votes` [N,K], float64 [N,K]. Raises `InputError` for another
+    `kind`, and for an image without votes, which has neither."""
+    one_of("kind", kind, ("soft", "hard"))
+    none = np.flatnonzero(votes.sum(1) == 0)
+    if len(none): raise InputError(
+        f"no vote of image {none[0]} was bought ({len(none)} such images): expected at least one vote of each image")
     if kind == "soft": return metrics.shares(torch.from_numpy(votes))
     winner = (votes + generator.random(votes.shape) / 2).argmax(1)     # less than a vote decides among equals
     return torch.eye(votes.shape[1], dtype=torch.float64)[winner]
@@ -200,6 +210,16 @@ def compare(repeats, pools, pairs, metric:str) -> pd.DataFrame:
             detectable=stats.minimum_detectable(d, .05 / len(pairs))))
     return pd.DataFrame(rows)
 
+def how_much(compared:pd.DataFrame) -> str:
+    """How large the differences are in the rows `compared` of one metric, whichever way they point, and in how many the
+    whole interval lies below what matters: part of a sentence."""
+    metric = metrics.lookup(compared.metric.iloc[0])
+    sizes, ends = compared.estimate.abs(), compared[["low", "high"]].abs().max(axis=1)
+    low, high, smallest = (metric.difference(x, sign="") for x in (sizes.min(), sizes.max(), metric.smallest))
+    size, below = low if low == high else f"{low} to {high}", (ends < metric.smallest).sum()
+    return (f"differences of {size} {metric.unit}, in {below} of {len(compared)} with the whole interval below the "
+            f"{smallest} that matter")
+
 # %% ../nbs/45_budget.ipynb #028d5af9
 def spending(rows:pd.DataFrame, metric:str="kl_humans", title:str="") -> Figure:
     """Mean of `metric` over repeats against the votes spent, of `rows` as `table` gives them: a line per number of
@@ -238,34 +258,36 @@ def unsure(pool:Pool, n:int) -> np.ndarray:
         said[asked] = tuned(features[learnt], targets[learnt]).log_probs(features[asked])
     return metrics.entropy(said.exp()).numpy()
 
-def shared_out(n:int, votes:int, chosen:np.ndarray, limit:np.ndarray) -> np.ndarray:
-    """A plan [n] that spends as many `votes` on the images `chosen`, in turns, the first of them first, and on no image
-    more than its `limit` [n]. Raises `InputError` where they cannot be spent."""
-    plan, left = np.zeros(n, int), votes
+def shared_out(given:np.ndarray, base:int, more:int, chosen:np.ndarray) -> np.ndarray:
+    """A plan [n] that buys `base` votes of each image and so many `more` of the images `chosen`, in turns, the first of
+    them first, and of none more than the votes it was `given` [n]. Raises `InputError` where they cannot be spent."""
+    plan, left = np.full(len(given), base), more
     while left:
-        open_ = chosen[plan[chosen] < limit[chosen]][:left]
+        open_ = chosen[plan[chosen] < given[chosen]][:left]
         if not len(open_): raise InputError(
-            f"{left} of {votes} votes cannot be spent: the {len(chosen)} chosen images have no more")
+            f"{left} of {more} further votes cannot be spent: the {len(chosen)} images to ask again have no more. "
+            f"Expected at least {base + math.ceil(more / max(1, len(chosen)))} votes of each, or more such images")
         plan[open_] += 1
         left -= len(open_)
     return plan
 
 def plans(pool:Pool, n:int) -> dict[str, np.ndarray]:
     """How many votes of each image [n or 3n] each way buys with 3 `n` votes. Raises `InputError` for more images than
-    there are."""
+    there are, and where images have too few votes: those that are asked again need 1 + `EXTRA` each, or, where the
+    first two differ, as many as share the last `n` votes among them."""
     counts = pool.counts[pool.for_training(3 * n)]
     given, generator = counts[:n].sum(1), np.random.default_rng([pool.seed, 2])
-    one, again = np.ones(n, int), 2 * n // EXTRA
+    again = 2 * n // EXTRA
     by_lot = generator.permutation(n)
     least_sure = np.argsort(-unsure(pool, n))
-    two = bought(counts[:n], 2 * one, pool.seed)
+    two = bought(counts[:n], np.full(n, 2), pool.seed)
     differ = by_lot[two.max(1)[by_lot] == 1]
     return {
         "more images": np.ones(3 * n, int),
-        "evenly": 3 * one,
-        "at random": one + shared_out(n, 2 * n, by_lot[:again], given - 1),
-        "unsure": one + shared_out(n, 2 * n, least_sure[:again], given - 1),
-        "disputed": 2 * one + shared_out(n, n, differ, given - 2)}
+        "evenly": np.full(n, 3),
+        "at random": shared_out(given, 1, 2 * n, by_lot[:again]),
+        "unsure": shared_out(given, 1, 2 * n, least_sure[:again]),
+        "disputed": shared_out(given, 2, n, differ)}
 
 def second_opinions(pool:Pool, sizes) -> dict[tuple, Outcome]:
     "The outcome of each choice (n of `sizes`, way) of a repeat, on soft labels."

@@ -9,7 +9,7 @@ __all__ = ['CIFAR10', 'ARRAYS', 'VOTES_SHA256', 'CIFAR10N_SHA256', 'PINNED', 'CO
            'load_oracle', 'is_here', 'load', 'build', 'with_official_test', 'split', 'fold_split']
 
 # %% ../nbs/02_data.ipynb #00400e79
-import functools, hashlib, inspect, json, os, tempfile
+import functools, hashlib, http.client, inspect, json, os, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -391,7 +391,7 @@ def build(name:str, path:Path, download:bool) -> ImageSet:
     if not download: raise DataError(f"{missing}. To prepare it: soft-cifar data {name}. {advice}")
     try: made = ImageSet(name, **builders()[name](Files(path.parent / "official", name)))
     except DataError: raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:     # torchvision downloads on its own
         raise DataError(
             f"{missing} and the download failed ({error}). With a network: soft-cifar data {name}. {advice}") from None
     write_archive(made, path.parent, source=f"official files ({builders()[name].__doc__})")

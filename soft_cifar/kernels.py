@@ -15,9 +15,10 @@ from .checks import carried, project_path
 
 # %% ../nbs/40_kernels.ipynb #cdf0c96b
 def run_papermill(notebook:str, output:Path, parameters:dict):
-    """Execute `nbs/<notebook>` with `parameters` into the file `output`, in which no path of this machine stays.
-    Returns the executed notebook. Raises `PapermillExecutionError` where a cell fails, with the error's name and
-    message as `ename` and `evalue`, and `DeadKernelError` where the kernel dies."""
+    """Execute `nbs/<notebook>` with `parameters` into the file `output`, in which paths in the project's folder start
+    there. Others stay, such as those of installed packages in a traceback. Returns the executed notebook. Raises
+    `PapermillExecutionError` where a cell fails, with the error's name and message as `ename` and `evalue`, and
+    `DeadKernelError` where the kernel dies."""
     try: return papermill.execute_notebook(
         carried(f"nbs/{notebook}"), output, parameters, kernel_name="python3", progress_bar=False,
         cwd=project_path(), extra_arguments=["--IPKernelApp.log_level=50"])

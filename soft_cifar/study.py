@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 import dask, pandas as pd, psutil, torch, yaml
@@ -423,10 +424,11 @@ def cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-def sharing_cores(jobs:int) -> int:
-    "How many runs at a time share the cores of this machine: `jobs`, or more where OMP_NUM_THREADS gives a run less."
+def sharing_cores(jobs:int) -> int|Fraction:
+    """How many runs at a time share the cores of this machine: `jobs`, or more where OMP_NUM_THREADS gives a run less.
+    That need not be a whole number: on 8 cores, runs of 3 threads are 8/3."""
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return max(jobs, math.ceil(cores() / int(limit))) if limit.isdecimal() and int(limit) else jobs
+    return max(jobs, Fraction(cores(), int(limit))) if limit.isdecimal() and int(limit) else jobs
 
 def host_of(address:str) -> str:
     "The host of an address such as tcp://127.0.0.1:8786."
@@ -472,7 +474,7 @@ def make_in_kernel(run:Run, notebook:Path) -> str:
         except Exception as error: return f"{type(error).__name__}: {error}"
     return failure
 
-def run_notebook(run:Run, sharing:dict[str, int], teachers:list[str],
+def run_notebook(run:Run, sharing:dict[str, int|Fraction], teachers:list[str],
                  token:str="", ours:dict[str, str]|None=None) -> str:
     """Make `run` on a Dask worker. `sharing` says by host how many runs share its cores, `teachers` what went
     wrong with those made just before, `ours` with what `standing(token)` the worker has to agree. Returns what
