@@ -13,7 +13,7 @@ demo: $(READY)            ## one SNGP run on the embedded oracle set, minutes on
 	@echo "Done. Open demo/train.html in a browser."
 
 test: $(READY)            ## everything CI runs, two tests at a time with a thread each; ends with "N passed, M failed, K skipped"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2
 
 MINUTES ?= 10
 soak: $(READY)            ## kill studies and damage files for $MINUTES minutes; fails at the first number that changes in silence

@@ -14,15 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1800     # seconds after which something hangs; on no machine does a result depend on it
 os.environ["OMP_NUM_THREADS"] = "1"     # numbers are compared, which may depend on threads
 
-# fixtures that take seconds: the tests that share one run in the same process
-SHARED = "extended", "project", "site", "start", "strangers", "tiny", "undisturbed"
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for name in SHARED:
-            if name in item.fixturenames: item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Of several processes, one runs all tests of a file, which share what is dear; lessons share nothing."
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("test_notebooks.py") else file
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
