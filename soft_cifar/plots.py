@@ -248,7 +248,9 @@ def verdict_title(pooled) -> str:
     for row in pooled.itertuples():
         if row.verdict: groups.setdefault(row.verdict, []).append(lookup(row.metric).title)
     if not groups: return "Soft minus hard labels: intervals, no verdicts"
-    return "Soft labels: " + "; ".join(f"{verdict} in {listed(names)}" for verdict, names in groups.items())
+    order = sorted(groups, key=lambda verdict: (verdict == "undecided", "," in verdict))     # the surest first
+    parts = [f"{verdict.replace(', on', ' on')} in {listed(groups[verdict])}" for verdict in order]
+    return "Soft labels: " + "; ".join(parts)
 
 def better_title(part, metric:str, most:int=3) -> str:
     """How many rows of `metric` have an interval on the better side of hard labels, and which, `most` of them by name;

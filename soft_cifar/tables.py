@@ -282,23 +282,23 @@ TITLES = {   # verdict: what stands before the metrics that have it
 
 def headline(differences:pd.DataFrame, gathered:pd.DataFrame) -> str:
     """The answer in a breath, from the verdicts in the pooled rows of `soft_minus_hard`: do soft labels help, at what?
-    What changes most, in differences that matter, comes first. Empty where there are no verdicts."""
+    What changes most, in differences that matter, comes first. Empty where there are no verdicts, as of one seed."""
     promised = differences[(differences.configuration == "pooled") & (differences.verdict != "")]
+    if not len(promised) or promised.verdict.str.startswith("not testable").any(): return ""
     promised = promised.loc[(promised.estimate / promised.smallest).abs().sort_values(ascending=False).index]
     def listed(verdict): return ", ".join(change(gathered, name) for name in promised[promised.verdict == verdict].metric)
     said = {verdict: listed(verdict) for verdict in TITLES}
     helps, harms = (any(said[f"{side}{where}"] for where in ("", ", on these images")) for side in ("better", "worse"))
-    if not helps and not harms: return ""
-    word = "Yes and no" if helps and harms else "Yes" if helps else "No"
+    word = {(True, True): "Yes and no", (True, False): "Yes", (False, True): "No"}.get((helps, harms), "Undecided")
     parts = [f"- **{title}**: {said[verdict]}" for verdict, title in TITLES.items() if said[verdict]]
     return "\n".join([f"**{word}.** From the majority label to the votes:\n", *parts])
 
 def claim_sentences(rows:pd.DataFrame) -> list[str]:
-    """What `claims.of_study` decided, a sentence per claim that is not undecided. A claim on each of many comparisons can
-    fall by one of them, but stands only when all are made."""
+    """What `claims.of_study` decided, a sentence per claim that is not undecided. One comparison can refute a claim on
+    each of many; whatever else is said of it takes all of them."""
     decided = rows[rows.verdict.str.startswith(("supported", "refuted", "no difference"))]
-    stands_early = (decided.kind != "average") & decided.verdict.str.startswith("supported") & (decided.compared < decided.of)
-    decided = decided[~stands_early]
+    early = (decided.kind != "average") & (decided.compared < decided.of) & ~decided.verdict.str.startswith("refuted")
+    decided = decided[~early]
     def said(row):
         if row.compared == row.of: return row.verdict
         return f"{row.verdict} as far as these runs go, which make {row.compared} of its {row.of} comparisons"
