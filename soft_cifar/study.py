@@ -711,19 +711,17 @@ class Predictions(Mapping):
     number of the `pairing`: read from their folders when asked for, and not kept."""
     def __init__(self, study:Study, gathered:pd.DataFrame):
         done = set(zip(gathered.cell, gathered.seed)) if len(gathered) else set()
-        there = {(study.models[run.cell], run.labels, run.mix, pairing(run)): run
-                 for run in study.runs if (run.cell, pairing(run)) in done}
-        self.folders = {key: run.folder for key, run in there.items()}
-        self.tested = {key: tuple(getattr(run, name) for name in runs.SPLIT) for key, run in there.items()}
+        self.made = {(study.models[run.cell], run.labels, run.mix, pairing(run)): run
+                     for run in study.runs if (run.cell, pairing(run)) in done}
 
-    def __getitem__(self, key:tuple) -> dict[str, torch.Tensor]: return runs.load(self.folders[key])[1]
-    def __iter__(self): return iter(self.folders)
-    def __len__(self) -> int: return len(self.folders)
+    def __getitem__(self, key:tuple) -> dict[str, torch.Tensor]: return runs.load(self.made[key].folder)[1]
+    def __iter__(self): return iter(self.made)
+    def __len__(self) -> int: return len(self.made)
 
     def once_each(self) -> dict[tuple, dict]:
         "The predictions of one run, the first, for each set of test images."
         first = {}
-        for key, split in self.tested.items(): first.setdefault(split, key)
+        for key, run in self.made.items(): first.setdefault(tuple(getattr(run, name) for name in runs.SPLIT), key)
         return {key: self[key] for key in first.values()}
 
 # what all runs of one table should share

@@ -6,8 +6,8 @@
 __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'WORDS', 'TITLES', 'human_scores', 'best_of',
            'comparable', 'beside_published', 'column', 'table1', 'entry', 'wide', 'markdown', 'latex', 'html',
            'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard', 'with_verdicts', 'names_of', 'against_hard',
-           'amount', 'amounts', 'doubt', 'finding', 'change', 'headline', 'claim_sentences', 'readable', 'verdict_text',
-           'claims_beside']
+           'amount', 'amounts', 'doubt', 'with_a_verdict', 'finding', 'change', 'headline', 'claim_sentences',
+           'readable', 'verdict_text', 'claims_beside']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -246,10 +246,14 @@ WORDS = {   # verdict: the sentence on soft labels
         "With other seeds and splits of these images they make no difference that matters to {}.",
     "undecided": "Undecided: {}."}
 
+def with_a_verdict(differences:pd.DataFrame) -> pd.DataFrame:
+    "The pooled rows of `soft_minus_hard` for which a verdict was promised."
+    return differences[(differences.configuration == "pooled") & (differences.verdict != "")]
+
 def finding(differences:pd.DataFrame) -> str:
     """The verdicts on soft labels, a sentence each, from the pooled rows of `soft_minus_hard`; empty where there are
     none."""
-    promised = differences[(differences.configuration == "pooled") & (differences.verdict != "")]
+    promised = with_a_verdict(differences)
     if not len(promised): return ""
     if promised.verdict.str.startswith("not testable").any(): return "One seed decides nothing."
     sentences = []
@@ -266,7 +270,8 @@ def finding(differences:pd.DataFrame) -> str:
 def change(gathered:pd.DataFrame, metric:str) -> str:
     "What `metric` is in words, and its mean over runs with hard labels and with soft ones, of the cells that have both."
     known, cells = lookup(metric), pd.MultiIndex.from_frame(gathered[CELL])
-    hard, soft = (gathered[cells.isin(side)][metric].mean() for side in list(zip(*pairs_of(gathered)))[::-1])
+    softs, hards = zip(*pairs_of(gathered))
+    hard, soft = (gathered[cells.isin(side)][metric].mean() for side in (hards, softs))
     unit = dict(points="%", nats=" nats").get(known.unit, "")
     values = f"{known.difference(hard, sign='')} → {known.difference(soft, sign='')}{unit}"
     return f"{known.plain} ({known.title} {values})" if known.plain else f"{known.title} ({values})"
@@ -283,7 +288,7 @@ TITLES = {   # verdict: what stands before the metrics that have it
 def headline(differences:pd.DataFrame, gathered:pd.DataFrame) -> str:
     """The answer in a breath, from the verdicts in the pooled rows of `soft_minus_hard`: do soft labels help, at what?
     What changes most, in differences that matter, comes first. Empty where there are no verdicts, as of one seed."""
-    promised = differences[(differences.configuration == "pooled") & (differences.verdict != "")]
+    promised = with_a_verdict(differences)
     if not len(promised) or promised.verdict.str.startswith("not testable").any(): return ""
     promised = promised.loc[(promised.estimate / promised.smallest).abs().sort_values(ascending=False).index]
     def listed(verdict): return ", ".join(change(gathered, name) for name in promised[promised.verdict == verdict].metric)

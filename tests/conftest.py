@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1800     # seconds after which something hangs; on no machine does a result depend on it
-os.environ["OMP_NUM_THREADS"] = "1"     # numbers are compared, which may depend on threads
 
 
 @pytest.hookimpl(optionalhook=True)

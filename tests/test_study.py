@@ -96,19 +96,19 @@ def test_what_is_made_is_not_made_again(undisturbed, monkeypatch):
 
 
 def test_two_commands_on_one_study(undisturbed, tmp_path):
-    """Both make the same run at the same time: it is there once, whole, with its executed notebook, and nothing else
+    """Both make the same runs at the same time: each is there once, whole, with its executed notebook, and nothing else
     is."""
-    file, words = study_in(tmp_path), ("--seeds", 0, "--only", "soft")
+    file, words = study_in(tmp_path), ("--jobs", 2, "--seeds", 0)
     with started(command("study", file, *words), tmp_path / "one") as one:
         other = soft_cifar("study", file, *words)
         ended = one.wait(PATIENCE), other.returncode
         assert ended == (0, 0), (tmp_path / "one").read_text() + other.stdout + other.stderr
-    [folder] = file.parent.glob("small/*/*")
-    [wanted] = [run.folder for run in study.load(undisturbed, seeds=[0], only="soft").runs]
-    assert folder.name == "seed-0" and differences(folder, wanted) == {}
-    cells = json.loads((folder / "train.ipynb").read_text())["cells"]
-    assert not [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"], folder
-    assert cells[-1]["outputs"], folder
+    assert_same_runs(file, undisturbed, seeds=[0])
+    assert [p.name for p in file.parent.glob("small/*/*")] == ["seed-0", "seed-0"]
+    for run in study.load(file, seeds=[0]).runs:
+        cells = json.loads((run.folder / "train.ipynb").read_text())["cells"]
+        assert not [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"], run.folder
+        assert cells[-1]["outputs"], run.folder
 
 
 def test_scheduler_over_tcp_and_a_run_that_fails(undisturbed, tmp_path):
