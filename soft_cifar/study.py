@@ -8,9 +8,9 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
            'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
            'state', 'status', 'cores', 'sharing_cores', 'host_of', 'sweep', 'standing', 'compare', 'make_in_kernel',
-           'run_notebook', 'answered', 'client_of', 'workers_of', 'local_workers', 'workers', 'write_token', 'meeting',
-           'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of', 'pairing', 'row_of', 'gather',
-           'Predictions', 'caveats']
+           'run_notebook', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers', 'write_token',
+           'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of', 'pairing',
+           'row_of', 'gather', 'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, hashlib, itertools, json, logging, math
@@ -504,11 +504,19 @@ def answered(message:str):
     except StudyError: raise
     except (CommClosedError, TimeoutError, CancelledError): raise StudyError(message) from None
 
+def begun(make, *args, **kwargs):
+    """`make(*args, **kwargs)`, a part of Dask. On a machine that stands still, Dask's own thread may not begin within
+    the ten seconds that Dask gives it, which ends in a bare `AssertionError`: tried three times. Raises `StudyError`."""
+    for _ in range(3):
+        with contextlib.suppress(AssertionError): return make(*args, **kwargs)
+    raise StudyError("Dask's thread did not begin, three times within ten seconds: this machine has no time for it. "
+                     "End what else runs here, and start the same command again: finished runs are kept")
+
 def client_of(scheduler:str, patience:int) -> Client:
     "A client of the Dask scheduler at that address. Raises `StudyError` if none answers within `patience` seconds."
     # what Dask logs of a lost connection is said in a sentence instead
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
-    try: return Client(scheduler, timeout=patience)
+    try: return begun(Client, scheduler, timeout=patience)
     except (OSError, ValueError, TimeoutError):
         raise StudyError(f"no Dask scheduler answers at {scheduler!r} (waited {patience} s): start one with "
                          "`dask scheduler --host 127.0.0.1`, or leave --scheduler out to run here") from None
@@ -531,7 +539,7 @@ def local_workers(jobs:int, most:int):
     "As `workers`, in `jobs` processes of this machine, but no more than `most`."
     cluster = partial(LocalCluster, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0",
                       silence_logs="CRITICAL")
-    with dask.config.set(QUIET), cluster(n_workers=min(jobs, most)) as here, Client(here) as client:
+    with dask.config.set(QUIET), begun(cluster, n_workers=min(jobs, most)) as here, begun(Client, here) as client:
         yield client, {worker["host"]: sharing_cores(jobs) for worker in workers_of(client)}
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import time
 import pytest
 import torch
 from dask import config
-from distributed import as_completed
+from distributed import Client, as_completed
+from distributed.utils import LoopRunner
 from conftest import ROOT
 
 from soft_cifar import data, evaluation, models, runs, study, training
@@ -221,10 +222,25 @@ def test_a_scheduler_behind_tls(tmp_path):
         with ours, study.workers(1, address, 1, patience=60) as (client, sharing):
             assert client.submit(max, 3, 5).result(60) == 5 and sharing == {"127.0.0.1": 1}
         plain = address.replace("tls", "tcp")
-        for stranger, said in ((address, "needs certificates"), (plain, "no Dask scheduler answers")):
-            message = error_of(contextlib.ExitStack().enter_context, study.workers(1, stranger, 1, patience=2))
+        for stranger, patience, said in ((address, 60, "needs certificates"), (plain, 2, "no Dask scheduler answers")):
+            message = error_of(contextlib.ExitStack().enter_context, study.workers(1, stranger, 1, patience))
             assert said in message, message
     finally: stop(started)
+
+
+def test_dask_on_a_machine_that_stands_still(monkeypatch):
+    "Its thread begins too late once, and work goes on; it never begins, and a sentence says so."
+    begin, calls = LoopRunner._start_unlocked, []
+    def late_once(self):
+        calls.append(self)
+        if len(calls) == 1: raise AssertionError
+        begin(self)
+    monkeypatch.setattr(LoopRunner, "_start_unlocked", late_once)
+    with study.begun(Client, n_workers=1, processes=False, dashboard_address=None) as client:
+        assert client.submit(max, 3, 5).result(60) == 5 and len(calls) > 1
+    def never(self): raise AssertionError
+    monkeypatch.setattr(LoopRunner, "_start_unlocked", never)
+    assert "three times" in error_of(contextlib.ExitStack().enter_context, study.workers(1, None, 1))
 
 
 @contextlib.contextmanager
