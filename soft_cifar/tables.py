@@ -268,10 +268,11 @@ def finding(differences:pd.DataFrame) -> str:
     return " ".join(sentences)
 
 def change(gathered:pd.DataFrame, metric:str) -> str:
-    "What `metric` is in words, and its mean over runs with hard labels and with soft ones, of the cells that have both."
-    known, cells = lookup(metric), pd.MultiIndex.from_frame(gathered[CELL])
-    softs, hards = zip(*pairs_of(gathered))
-    hard, soft = (gathered[cells.isin(side)][metric].mean() for side in (hards, softs))
+    """What `metric` is in words, and its mean with hard labels and with soft ones, over the cells that have both and the
+    seeds that all of these have."""
+    known, (softs, hards) = lookup(metric), zip(*pairs_of(gathered))
+    paired = gathered.pivot(index="seed", columns=CELL, values=metric)[[*softs, *hards]].dropna()
+    hard, soft = (paired[[*side]].mean(axis=None) for side in (hards, softs))
     unit = dict(points="%", nats=" nats").get(known.unit, "")
     values = f"{known.difference(hard, sign='')} → {known.difference(soft, sign='')}{unit}"
     return f"{known.plain} ({known.title} {values})" if known.plain else f"{known.title} ({values})"
