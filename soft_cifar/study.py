@@ -702,7 +702,9 @@ def row_of(run:Run, record:dict) -> dict:
             for kind in ("data", "ood") for what in ("fingerprint", "encoding")}
     size = dict(parameter_count=record["parameter_count"], seed=pairing(run))
     if run.folds: size |= {f"{part}_size": number for part, number in record["sizes"].items()}
-    return defaults | record["parameters"] | record["metrics"] | seconds | size | sets | origin_of(record)
+    parameters = defaults | record["parameters"]
+    parameters["bfloat16"] = str(parameters["bfloat16"])     # a word or a boolean, and a file has columns of one type
+    return parameters | record["metrics"] | seconds | size | sets | origin_of(record)
 
 def gather(study:Study) -> pd.DataFrame:
     """One row per finished run of `study`: `model`, `cell`, every parameter, every metric, `seconds_<phase>`,
