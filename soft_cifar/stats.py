@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['possible_seed_counts', 'difference_error', 'Difference', 'paired', 'paired_differences', 'shared_covariance',
            'crossed', 'calibration_values', 'auroc_values', 'per_image', 'nadeau_bengio', 'holm', 'equivalence_p',
-           'minimum_detectable']
+           'minimum_detectable', 'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects', 'own_variance',
+           'shared_variance', 'check_families', 'nadeau_bengio_families']
 
 # %% ../nbs/50_stats.ipynb #c7d2cf2f
 import math
@@ -192,3 +193,111 @@ def minimum_detectable(difference:Difference, alpha:float=.05, power:float=.8) -
     def shortfall(x): return scipy.stats.ncf.sf(critical, 1, freedom, x**2) - power     # t squared is F
     while shortfall(most) < 0: most *= 2
     return float(error * scipy.optimize.brentq(shortfall, 1e-9, most))
+
+# %% ../nbs/50_stats.ipynb #f2bf83af
+@dataclass(frozen=True)
+class RandomEffects:
+    """What K estimates say of the population that they come from: `mean` over others like them; Cochran's `q` and its
+    p that all are the same; the standard deviation `tau` between them and the share `i2` of its square in the variance
+    of an estimate, with the ends of 90% intervals, of which tau's excludes 0 just if p < .05; the smallest tau that is
+    `detectable` with power .8; `low` and `high`, between which another one is expected. What needs errors that are not
+    known is nan."""
+    mean: Difference
+    q: float = math.nan
+    p: float = math.nan
+    tau: float = math.nan
+    tau_low: float = math.nan
+    tau_high: float = math.nan
+    i2: float = math.nan
+    i2_low: float = math.nan
+    i2_high: float = math.nan
+    detectable: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+def cochran_q(estimates:np.ndarray, variances:np.ndarray) -> float:
+    "The sum of squares of `estimates` [K] about their mean, both weighted by 1 / `variances` [K] (Cochran 1954)."
+    weights = 1 / variances
+    return float(weights @ (estimates - np.average(estimates, weights=weights))**2)
+
+def tau_squared(estimates:np.ndarray, variances:np.ndarray, q:float) -> float:
+    "The variance that, added to `variances` [K], makes Cochran's Q of `estimates` [K] equal to `q`; 0 if it is less."
+    def excess(tau2): return cochran_q(estimates, variances + tau2) - q
+    if excess(0) <= 0: return 0.
+    most = len(estimates) * estimates.var() / q     # Q(x) is less than the sum of squares / x
+    return scipy.optimize.brentq(excess, 0, most, xtol=1e-12 * most)
+
+def random_effects(estimates, errors, freedom:float=math.inf, shared:float=0.) -> RandomEffects:
+    """Random-effects analysis of `estimates` [K] with their own standard `errors` [K], which were estimated on
+    `freedom` degrees of freedom, and with an error of variance `shared` that all have in common. The mean is plain, its
+    t interval has K - 1 degrees of freedom. Without errors (nan) there is only the mean, for K = 2 no prediction.
+    Raises `InputError` for fewer than two estimates, other numbers of errors, and an error <= 0."""
+    y, e = np.asarray(estimates, float), np.asarray(errors, float)
+    if y.ndim != 1 or len(y) < 2 or e.shape != y.shape or (e <= 0).any(): raise InputError(
+        f"estimates of shape {y.shape} with errors {e.tolist()}, expected at least two estimates and an error > 0 each")
+    k, error = len(y), math.sqrt(y.var(ddof=1) / len(y) + shared)
+    mean = Difference.of(y.mean(), error, k - 1, k)
+    if np.isnan(e).any(): return RandomEffects(mean)
+    v, q = e**2, cochran_q(y, e**2)
+    law = scipy.stats.f(k - 1, freedom) if freedom < math.inf else scipy.stats.chi2(k - 1, scale=1 / (k - 1))
+    least, likely, most = (tau_squared(y, v, (k - 1) * x) for x in (law.ppf(.95), 1, law.ppf(.05)))
+    w = 1 / v
+    typical = (k - 1) * w.sum() / (w.sum()**2 - w @ w)     # Higgins and Thompson (2002, eq. 9)
+    half = scipy.stats.t.ppf(.975, k - 2) * math.sqrt(likely + error**2) if k > 2 else math.nan
+    detectable = typical * (law.ppf(.95) / law.ppf(.2) - 1)     # Q / (1 + tau^2 / v) has the law of Q at tau = 0
+    tau, i2 = ([f(x) for x in (likely, least, most)] for f in (math.sqrt, lambda x: x / (x + typical)))
+    return RandomEffects(mean, q, float(law.sf(q / (k - 1))), *tau, *i2, math.sqrt(detectable), mean.estimate - half,
+                         mean.estimate + half)
+
+# %% ../nbs/50_stats.ipynb #d1996e76
+def own_variance(values, parts=()) -> float:
+    """The variance of a family's estimate that it shares with no other, pooled over families on (K-1)(S-1) degrees of
+    freedom: `values` [K,S] are differences by family and seed; `parts`, one for each set of images, what each image
+    contributes [K,S,m] and which it is, `index` [S,m], the same for all families. Without parts the variance is that
+    of training alone. nan with one seed. Raises `InputError` for fewer than two families, and for other shapes."""
+    check_families(values, parts)
+    families, seeds = np.shape(values)
+    if seeds < 2: return math.nan
+    own = values - np.mean(values, 0)
+    variance = own.var(1, ddof=1).sum() / seeds
+    for x, index in parts:
+        variance += max(0, sum(shared_covariance(row, index)[0] for row in x - np.mean(x, 0)))
+    return float(variance / (families - 1))
+
+def shared_variance(parts) -> float:
+    """The variance that the estimates of all families have in common since they are tested on the same images, from
+    `parts` as `own_variance` takes them; 0 without parts. Raises `InputError` for other shapes."""
+    variance = 0
+    for x, index in parts:
+        check_families(np.mean(x, -1), [(x, index)])
+        families, m, place = len(x), np.shape(x)[2], np.unique(index, return_inverse=True)[1].ravel()
+        centred = (x - np.mean(x, 2, keepdims=True)).reshape(families, -1) / np.size(index)
+        by_image = np.stack([np.bincount(place, row) for row in centred])
+        products = by_image.sum(0)**2 - (by_image**2).sum(0)     # all pairs of families, image by image
+        variance += max(0, products.sum() / (families * (families - 1)) * m / (m - 1))
+    return float(variance)
+
+def check_families(values, parts) -> None:
+    "Raises `InputError` unless `values` are [K,S], K > 1, and each of `parts` [K,S,m] with an index [S,m]."
+    sizes = [(np.shape(x), np.shape(index)) for x, index in parts]
+    fits = np.ndim(values) == 2 and len(values) > 1
+    if fits and all(len(x) == 3 and x[:2] == np.shape(values) and index == x[1:] for x, index in sizes): return
+    raise InputError(f"values of shape {np.shape(values)} and images of shapes {sizes}, expected [families, seeds] "
+                     "with at least two families, [families, seeds, images] and for their index [seeds, images]")
+
+# %% ../nbs/50_stats.ipynb #b3594cc3
+def nadeau_bengio_families(values, test:float, train:float) -> Difference:
+    """The mean of `values` [K,S], differences by family and seed, for other families and a new pool of images; sizes as
+    `nadeau_bengio` takes them; Satterthwaite's degrees of freedom. With one seed there is an estimate and nothing else
+    (nan). Raises `InputError` for a size <= 0 and as `own_variance`."""
+    number("test", test, low=0, open_low=True)
+    number("train", train, low=0, open_low=True)
+    check_families(values, ())
+    families, seeds = np.shape(values)
+    if seeds < 2: return Difference(float(np.mean(values)), math.nan, math.nan, math.nan, families)
+    of_families = np.var(np.mean(values, 1), ddof=1) / families
+    of_pool = np.var(np.mean(values, 0), ddof=1) * (1 / seeds + test / train)
+    variance = of_families + of_pool
+    noise = of_families**2 / (families - 1) + of_pool**2 / (seeds - 1)
+    freedom = variance**2 / noise if noise else families - 1
+    return Difference.of(np.mean(values), math.sqrt(variance), freedom, families)
