@@ -7,9 +7,9 @@ __all__ = ['HUMAN', 'MODEL', 'OTHER', 'FAULT', 'AXES', 'BETTER', 'NEGLIGIBLE', '
            'votes_grid', 'pictures_and_bars', 'vote_bars', 'people', 'disputed_to_unanimous', 'learning_curves',
            'reliability_diagrams', 'calibration_column', 'f1_confidence', 'names_on_both_sides', 'principal', 'tsne',
            'in_the_plane', 'nearest_own_centre', 'penultimate', 'cases', 'listed', 'verdict_title', 'better_title',
-           'forest', 'forest_panel', 'answer', 'verdict_color', 'signed', 'colors_of', 'mark', 'words_of', 'best_title',
-           'tradeoff', 'tradeoff_panel', 'tradeoff_legend', 'sweep', 'sweep_curve', 'sweep_title', 'ood_scores',
-           'best_column', 'mean_entropies', 'entropy_against_people', 'cost']
+           'forest', 'forest_panels', 'forest_panel', 'family_forest', 'answer', 'verdict_color', 'signed', 'colors_of',
+           'mark', 'words_of', 'best_title', 'tradeoff', 'tradeoff_panel', 'tradeoff_legend', 'sweep', 'sweep_curve',
+           'sweep_title', 'ood_scores', 'best_column', 'mean_entropies', 'entropy_against_people', 'cost']
 
 # %% ../nbs/51_plots.ipynb #4a74eae2
 import io, textwrap
@@ -25,7 +25,7 @@ from .claims import CELL, Results, results
 from .data import ImageSet
 from .metrics import lookup
 from .stats import paired_differences
-from .tables import best_of, names_of
+from .tables import ANOTHER, best_of, names_of
 
 # %% ../nbs/51_plots.ipynb #86755098
 HUMAN, MODEL, OTHER, FAULT = sns.color_palette("colorblind")[:4]
@@ -267,6 +267,19 @@ def forest(differences) -> Figure:
     `tables.soft_minus_hard` or `tables.against_hard`; the pooled row, if there is one, last. A thick line behind an
     interval is that for a new pool of images; a grey band the differences that do not matter. Shaded is the side that
     is better; none where neither is. Raises `InputError` for a metric that is not registered."""
+    fig, columns = forest_panels(differences)
+    pooled = differences[differences.configuration == "pooled"]
+    if len(pooled): title, meaning = verdict_title(pooled), "soft minus hard (green: soft is better)"
+    else:
+        last = differences.metric.iloc[-1]
+        title = better_title(differences[differences.metric == last], last)
+        meaning = "minus hard labels (green: better than they)"
+    fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
+    fig.supxlabel(meaning, fontsize=9)
+    return fig
+
+def forest_panels(differences) -> tuple[Figure, int]:
+    "The panels of `forest`, without a title, and how many stand side by side."
     shown = [lookup(name) for name in differences.metric.unique()]
     rows = list(dict.fromkeys(differences.configuration))
     columns = min(3, len(shown))
@@ -278,18 +291,13 @@ def forest(differences) -> Figure:
     for ax, metric in zip(axes.flat, shown):
         part = differences[differences.metric == metric.name]
         forest_panel(ax, metric, part.set_index("configuration").reindex(rows))
-    pooled = differences[differences.configuration == "pooled"]
-    if len(pooled): title, meaning = verdict_title(pooled), "soft minus hard (green: soft is better)"
-    else: title, meaning = better_title(part, metric.name), "minus hard labels (green: better than they)"
-    fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
-    fig.supxlabel(meaning, fontsize=9)
-    return fig
+    return fig, columns
 
 def forest_panel(ax, metric:metrics.Metric, part) -> None:
     "A panel of `forest`: the rows `part` of `metric`, indexed by configuration."
     smallest = part.smallest.max()
     for y, (row, d) in enumerate(part.iterrows()):
-        color, marker = ("black", "D") if row == "pooled" else (HUMAN, "o")
+        color, marker = ("black", "D") if row in ("pooled", ANOTHER) else (HUMAN, "o")
         ax.plot([d.pool_low, d.pool_high], [y, y], color="#bbb", lw=5, solid_capstyle="butt")
         ax.plot([d.low, d.high], [y, y], color=color, lw=1.3)
         ax.plot(d.estimate, y, marker, color=color, ms=4.5)
@@ -304,6 +312,24 @@ def forest_panel(ax, metric:metrics.Metric, part) -> None:
     ax.xaxis.set_major_locator(plt.MaxNLocator(3))
     ax.tick_params(labelsize=8, left=False)
     sns.despine(ax=ax, left=True)
+
+# %% ../nbs/51_plots.ipynb #a4d20ebb
+def family_forest(families) -> Figure:
+    """Differences of each family of networks with 95% intervals, from `tables.by_family`, a panel per metric. The
+    diamond is the mean over families with its interval for other families, the line below it holds 95% of those. Raises
+    `InputError` as `forest`."""
+    fig, columns = forest_panels(families)
+    order = list(dict.fromkeys(families.configuration))
+    y, pooled = order.index("pooled"), families[families.configuration == "pooled"]
+    for ax, row in zip(fig.axes, pooled.itertuples()):
+        ax.fill([row.low, row.estimate, row.high, row.estimate], [y, y - .35, y, y + .35], color="black", lw=0)
+        ax.axhline(y - .5, color="grey", lw=.5)
+        ax.set_yticklabels(["mean of families" if name == "pooled" else name for name in order])
+    differ = [lookup(row.metric).title for row in pooled.itertuples() if row.families == "they differ"]
+    title = verdict_title(pooled) + (f". Families differ in {listed(differ)}" if differ else "")
+    fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
+    fig.supxlabel(f"soft minus {pooled.base.iloc[0]}, by family of networks (green: soft is better)", fontsize=9)
+    return fig
 
 # %% ../nbs/51_plots.ipynb #b223039b
 def answer(differences) -> Figure:
