@@ -439,8 +439,8 @@ def between_table(families:pd.DataFrame) -> list[list[str]]:
     "The pooled rows of `by_family` as rows of text, the header first: verdicts on the mean, and on families."
     def interval(low, high): return "" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
     def value(x, digits="{:.4f}"): return "" if math.isnan(x) else digits.format(x)
-    rows = [["", "mean", "95% interval", "for a new pool", "p", "matters from", "seen from", "soft labels are",
-             "Q", "p of Q", "I², 90%", "τ, 90%", "seen from", "families"]]
+    rows = [["", "mean of families", "95% interval", "for a new pool", "p", "matters from", "seen from",
+             "soft labels are", "Q", "p of Q", "I², 90%", "τ, 90%", "seen from", "families"]]
     for row in families[families.configuration == "pooled"].itertuples():
         shares = "" if math.isnan(row.i2) else f"{row.i2:.0%} [{row.i2_low:.0%}, {row.i2_high:.0%}]"
         spread = "" if math.isnan(row.tau) else f"{row.tau:.4f} [{row.tau_low:.4f}, {row.tau_high:.4f}]"
@@ -452,29 +452,21 @@ def between_table(families:pd.DataFrame) -> list[list[str]]:
     return rows
 
 BETWEEN_WORDS = {   # the verdict on families: its sentence
-    "they differ": "the effect differs between families (p = {p}), with a standard deviation of {tau} [{low}, {high}]",
-    "no difference that matters":
-        "between families there is no difference that matters (p = {p}; standard deviation at most {high})",
-    "undecided": "whether it differs between families is undecided (p = {p}; the standard deviation is at most {high}, "
-                 "and one below {seen} is likely to be missed)",
-    "not testable": "whether it differs between families is not testable on these runs"}
+    "they differ": "the effect differs between families (p = {})",
+    "no difference that matters": "between families it does not differ by what matters (p = {})",
+    "undecided": "whether it differs between families is undecided (p = {})",
+    "not testable": "whether it differs between families is not testable"}
 
 def family_sentence(families:pd.DataFrame, metric:str) -> str:
     "What `by_family` found in one metric with verdicts: in how many families, the mean, and whether families differ."
     rows, known = families[families.metric == metric].set_index("configuration"), lookup(metric)
-    row, another = rows.loc["pooled"], rows.loc[ANOTHER]
+    row = rows.loc["pooled"]
     side, word = (-1, "lower") if row.estimate < 0 else (1, "higher")
     same = (rows.estimate.drop(["pooled", ANOTHER]) * side > 0).sum()
-    spread = dict(tau=row.tau, low=row.tau_low, high=row.tau_high, seen=row.tau_detectable)
-    spread = {name: known.difference(x, sign="") for name, x in spread.items()}
-    alike = BETWEEN_WORDS[row.families].format(p=f"{row.q_p:.2g}", **spread)
-    mean, least, most = (known.difference(x) for x in (row.estimate, row.low, row.high))
-    amount = f"{mean} [{least}, {most}] {known.unit}".rstrip()
-    missed = f" (p {row.p:.2g}; effects below {known.difference(row.detectable, sign='')} are likely to be missed)"
-    new = [known.difference(x) for x in (another.low, another.high)]
-    prediction = "" if math.isnan(another.low) else f"; in another family expect {new[0]} to {new[1]}"
-    return (f"{known.title} is {word} in {same} of {row.n} families; the mean is {amount}"
-            f"{missed if row.verdict == 'undecided' else ''}; {alike}{prediction}")
+    mean, low, high = (known.difference(x) for x in (row.estimate, row.low, row.high))
+    amount = f"{mean} [{low}, {high}] {known.unit}".rstrip()
+    alike = BETWEEN_WORDS[row.families].format(f"{row.q_p:.2g}")
+    return f"{known.title} is {word} in {same} of {row.n} families; the mean is {amount}; {alike}"
 
 def family_finding(families:pd.DataFrame) -> str:
     "The answer of a study of families, from `by_family`: a sentence for each metric with verdicts, the surest first."
