@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THERE', 'HEADS', 'DRAWN', 'ASKED', 'controls', 'columns_of', 'there', 'from_gold', 'head', 'entry', 'rows_of',
-           'growth', 'by_distance', 'change', 'headline']
+           'growth', 'by_distance', 'told', 'change', 'headline']
 
 # %% ../nbs/56_distance.ipynb #781f3666
 import math, textwrap
@@ -43,8 +43,8 @@ def there(metric:str, cell:tuple) -> dict[str, float]:
 
 def from_gold(gathered:pd.DataFrame, measured:Results) -> pd.DataFrame:
     """A row per metric of `columns_of` and cell that starts from another network: its `mean` over runs; its difference
-    to the control, columns as of `tables.soft_minus_hard`, nan for the control itself; what is published, `THERE`. Empty
-    without a control."""
+    to the control, columns as of `tables.soft_minus_hard`, nan for the control itself; what is published, `THERE`.
+    Empty without a control."""
     known, rows = controls(gathered), []
     cells = names_of(gathered.loc[fine_tuned(gathered), CELL].itertuples(index=False, name=None))
     for metric in columns_of(measured) if known else ():
@@ -72,7 +72,9 @@ def entry(row) -> str:
         interval = "" if math.isnan(row.low) else f"&nbsp;[{row.low:+.3f},&nbsp;{row.high:+.3f}]"
         lines.append(f"<small>{row.estimate:+.3f}{interval}</small>")
     if not math.isnan(row.published):
-        lines.append(f"<small>({row.published:.2f};&nbsp;{row.published_low:.2f}–{row.published_high:.2f})</small>")
+        digits = 1 if row.metric == "fgsm_nll" else 2     # as they print
+        one, low, high = (f"{x:.{digits}f}" for x in (row.published, row.published_low, row.published_high))
+        lines.append(f"<small>({one};&nbsp;{low}–{high})</small>")
     return "<br>".join(lines)
 
 def rows_of(table:pd.DataFrame) -> list[list[str]]:
@@ -127,13 +129,20 @@ def by_distance(table:pd.DataFrame, ours:pd.DataFrame) -> Figure:
 ASKED = [claim.name for claim in CLAIMS     # of the votes against the control, in a metric that runs record
          if claim.groups == MAIN and not claim.metric.startswith(tuple(name.partition("<")[0] for name in DERIVED))]
 
+def told(metric:str) -> str:
+    "`metric` in words that name its images as the table does."
+    if metric.startswith("shift_nll_"): return f"cross-entropy on {head(metric)}"
+    if metric in ("fgsm_nll", "pgd_nll"): return f"cross-entropy {head(metric)}"
+    if metric.startswith("shift_accuracy_"): return f"accuracy on {SETS[metric.removeprefix('shift_accuracy_')]}"
+    return lookup(metric).title
+
 def change(row, measured:Results) -> str:
     "The metric of a claim in `MAIN` in words, and its mean over pairs, of gold labels and of votes."
     metric, [[(soft, gold)]] = lookup(row.metric), MAIN
     pairs = measured.by_seed[row.metric][[gold, soft]].dropna().mean()
     unit = dict(points="%", nats=" nats").get(metric.unit, "")
     before, after = (metric.difference(pairs[cell], sign="") for cell in (gold, soft))
-    return f"{metric.title} ({before} → {after}{unit})"
+    return f"{told(row.metric)} ({before} → {after}{unit})"
 
 def headline(ours:pd.DataFrame, measured:Results) -> str:
     """Does fine-tuning on votes help, at what? From what `claims.of_study` decided on `ASKED`; what changes most, in

@@ -4,14 +4,16 @@ import contextlib
 import io
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, differences
 
-from soft_cifar import claims, data, experiment, oracle, runs, stats, study, training
+from soft_cifar import claims, data, experiment, oracle, peterson, runs, stats, study, training
 from soft_cifar.checks import DataError, InputError
 from soft_cifar.data import ImageSet
 from soft_cifar.parameters import Run
@@ -234,6 +236,53 @@ def test_a_study_makes_the_start_first_and_pools_over_folds(place, tmp_path):
     pairs = [rows[rows.labels == labels].sort_values("seed").nll for labels in ("soft", "hard")]
     expected = stats.nadeau_bengio(*pairs, test=40, train=60)     # folds share training images
     assert pool == expected and own.n == 6 and results.share == 40 / 60, (pool, expected, own)
+
+
+HOME = """
+shared:
+  {preset: demo, depth: 8, schedule: one_cycle, data: mine, ood: oracle_ood, ood_size: 40, test_labels: gold, pgd_steps: 1,
+   data_root: ROOT, validation_size: 20, epochs: 2, batch_size: 20, folds: 3, shift_sets: [cousin, cifar10_1_v6]}
+models:
+  first: {data: oracle, labels: gold, train_size: 150, test_size: 20, validation_size: 30, folds: null}
+  tuned: {init: first}
+labels: [gold, soft]
+seeds: [0]
+"""
+
+
+def test_its_report_compares_with_gold_and_asks_other_claims(place, tmp_path):
+    "A study that starts from weights is compared with gold labels, ever further from home, and judged by its own claims."
+    drawn = oracle.generate(80, seed=11)
+    data.write_archive(ImageSet("cousin", drawn["images"], drawn["labels"], classes=oracle.CLASSES), place)
+    file = tmp_path / "runs" / "home.yaml"
+    file.parent.mkdir()
+    file.write_text(HOME.replace("ROOT", str(place)))
+    asked = study.load(file)
+    for run in asked.runs: quietly(experiment.execute, run)
+    command = [sys.executable, "-m", "soft_cifar.cli", "report", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    report = tmp_path / "report" / "home"
+    made = {path.name for path in report.iterdir()}
+    assert {"from_gold.csv", "by_distance.svg", "claims.csv"} <= made, made
+    assert not {"soft_minus_hard.csv", "against_hard.csv"} & made, made
+    page = (report / "index.html").read_text()
+    assert "Ever further from home" in page and "no claim can" not in page.lower() and "(0.35;" in page
+    judged = pd.read_csv(report / "claims.csv").set_index("claim")
+    assert list(judged.index) == [claim.name for claim in peterson.CLAIMS]
+    tested = judged[judged.compared_ours > 0]
+    assert {"ce_humans", "accuracy", "fgsm_nll", "pgd_nll"} <= set(tested.metric), tested
+    assert not tested.metric.str.contains("cifar10_1").any(), "a set that is not here was judged"
+
+    table = pd.read_csv(report / "from_gold.csv").set_index(["metric", "labels"])
+    assert {"ce_humans", "nll", "shift_nll_cousin", "fgsm_nll", "pgd_nll", "far_ood_auroc"} >= set(table.index.levels[0])
+    rows = study.gather(asked).query("model == 'tuned'").pivot(index="seed", columns="labels")
+    for metric in ("ce_humans", "shift_nll_cousin", "pgd_nll"):
+        difference = rows[metric].soft - rows[metric].gold
+        row = table.loc[(metric, "soft")]
+        assert abs(row.estimate - difference.mean()) < 1e-3 and row.n == 3, (metric, row, difference)
+        assert row.low < row.estimate < row.high and pd.isna(table.loc[(metric, "gold")].estimate), row
 
 
 def test_a_study_runs_them_as_notebooks(place, tmp_path):
