@@ -107,21 +107,23 @@ def by_distance(table:pd.DataFrame, ours:pd.DataFrame) -> Figure:
     """Cross-entropy to gold labels less that of the control, from the hold-out to the farthest set, with 95% intervals,
     from `from_gold`; votes, and fainter drawn votes and class means. `ours` are the verdicts of `claims.of_study`."""
     metrics = [name for name in table.metric.unique() if name == "nll" or name.startswith("shift_nll_")]
-    colors = colors_of(DRAWN)
     drawn = table[table.labels.isin(DRAWN) & table.estimate.notna() & table.metric.isin(metrics)]
-    fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    kind = "labels" if drawn.model.nunique() == 1 else "model"     # what a colour means
+    colors = colors_of(drawn[kind].unique())
+    fig, ax = plt.subplots(figsize=(7.4, 3.4), layout="constrained")
     lines = list(drawn.groupby("configuration", sort=False))
     for i, (name, part) in enumerate(lines):
-        labels, part = part.labels.iloc[0], part.set_index("metric").reindex(metrics)
+        labels, color = part.labels.iloc[0], colors[part[kind].iloc[0]]
+        part = part.set_index("metric").reindex(metrics)
         x = [j + .06 * (i - (len(lines) - 1) / 2) for j in range(len(metrics))]     # beside each other
         strong = labels == "soft"
         ax.errorbar(x, part.estimate, [part.estimate - part.low, part.high - part.estimate], label=name, capsize=3,
-                    marker=MARKERS.get(labels, "8"), color=colors[labels], lw=2 if strong else 1.2,
+                    marker=MARKERS.get(labels, "8"), color=color, lw=2 if strong else 1.2,
                     alpha=1 if strong else .55, zorder=3 if strong else 2)
     ax.axhline(0, color="grey", lw=.8)
     ax.set(ylabel="cross-entropy less the control's,\nnats (down is better)", xlim=(-.4, len(metrics) - .6))
     ax.set_xticks(range(len(metrics)), ["hold-out" if name == "nll" else head(name) for name in metrics])
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     fig.suptitle("\n".join(textwrap.wrap(growth(ours), 62)), fontsize=10)
     return fig
 
