@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'MODELS', 'MIXED', 'MIXES', 'CLAIMS', 'published', 'Claim', 'average', 'each',
-           'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results', 'by_image', 'results',
-           'values_of', 'from_seeds', 'image_parts', 'image_parts_of_seed', 'from_runs', 'for_new_pool', 'evidence',
-           'decide', 'named', 'cells_with', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study']
+           'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results', 'by_image', 'positions',
+           'results', 'values_of', 'from_seeds', 'image_parts', 'image_parts_of_seed', 'from_runs', 'for_new_pool',
+           'evidence', 'decide', 'named', 'cells_with', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study']
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
-import math
+import functools, math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Callable
@@ -185,11 +185,17 @@ class Results:
 
 def by_image(kept:dict) -> dict:
     """For each metric that the predictions `kept` of a run allow: (values [N], index [N]) for each of its sets of
-    images."""
+    images. Of further sets every run has all images, in one order."""
     indices = {name: kept[name].int().numpy() for name in ("index", "ood_index") if name in kept}
     def in_half_the_memory(values): return values.float().numpy()     # a study may have thousands of runs
-    return {metric: [(in_half_the_memory(values), indices[name]) for name, values in parts.items()]
+    def index_of(name, values): return indices[name] if name in indices else positions(len(values))
+    return {metric: [(in_half_the_memory(values), index_of(name, values)) for name, values in parts.items()]
             for metric, parts in per_image(kept).items()}
+
+@functools.cache
+def positions(n:int) -> np.ndarray:
+    "0 to n - 1, once for all runs."
+    return np.arange(n, dtype=np.int32)
 
 def results(gathered:pd.DataFrame, predictions:Mapping|None=None) -> Results:
     """The results of a study from a table as `study.gather` gives it and, where at hand, the `predictions` of its runs

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['possible_seed_counts', 'difference_error', 'Difference', 'paired', 'paired_differences', 'shared_covariance',
-           'crossed', 'calibration_values', 'auroc_values', 'per_image', 'nadeau_bengio', 'holm', 'equivalence_p',
-           'minimum_detectable', 'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects', 'own_variance',
-           'shared_variance', 'check_families', 'nadeau_bengio_families']
+           'crossed', 'calibration_values', 'auroc_values', 'among', 'per_image', 'vote_values', 'attack_values',
+           'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm', 'equivalence_p', 'minimum_detectable',
+           'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects', 'own_variance', 'shared_variance',
+           'check_families', 'nadeau_bengio_families']
 
 # %% ../nbs/50_stats.ipynb #c7d2cf2f
 import math
@@ -118,12 +119,20 @@ def auroc_values(scores:Tensor, ood_scores:Tensor) -> tuple[Tensor, Tensor]:
         return (left + right) / (2 * len(others))
     return 1 - share_below(scores, ood_scores), share_below(ood_scores, scores)
 
+def among(values:Tensor, which:Tensor) -> Tensor:
+    """Numbers [N] whose mean is that of `values` [N] over the images `which` [N] alone, and which vary over images as
+    it does, to first order. NaN where there are none. Raises `InputError` for shapes that differ."""
+    shapes(values=(values, "N", "floating"), which=(which, "N"))
+    mean = values[which].mean()
+    return mean + which * (values - mean) / which.double().mean()
+
 def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """For each metric that the predictions `kept` of a run allow, values whose mean is the metric: on the test images,
-    `index` [N], and for `auroc_max_logit` also on the unfamiliar ones, `ood_index` [M].
-    Raises `InputError` for predictions of shapes that do not fit each other."""
+    `index` [N], and where images of further sets bear on it, on those, `ood_index` [M], `shift_<set>` or
+    `unfamiliar_<set>`. Raises `InputError` for predictions of shapes that do not fit each other."""
+    answers = ("counts", "fgsm_log_probs", "pgd_log_probs")
     shapes(log_probs=(kept["log_probs"], "NK", "floating"), labels=(kept["labels"], "N", "whole"),
-           **{name: (kept[name], "NK") for name in ("counts", "fgsm_log_probs") if name in kept})
+           **{name: (kept[name], "NK") for name in answers if name in kept})
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
     confidence, predicted = log_probs.exp().max(1)
     true_log_prob, right = log_probs.gather(1, labels[:, None])[:, 0], predicted == labels
@@ -134,19 +143,61 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         brier=(log_probs.exp() - one_hot).square().sum(1),
         ece_10=calibration_values(confidence, right, 10),
         ece_true_class=calibration_values(true_log_prob.exp(), right, 10))
-    if "counts" in kept:
-        people = metrics.shares(kept["counts"])
-        values["kl_humans"] = (torch.xlogy(people, people) - people * log_probs).sum(1)
-        agreed = people.gather(1, predicted[:, None])[:, 0]
-        values["ece_votes"] = calibration_values(confidence, agreed, 15)
-    if "fgsm_log_probs" in kept:
-        lost = right & (kept["fgsm_log_probs"].argmax(1) != labels)
-        values["fgsm_drop"] = lost.double()
+    where_right, where_wrong = among(confidence, right), among(confidence, ~right)
+    values |= dict(confidence_right=where_right, confidence_wrong=where_wrong, confidence_gap=where_right - where_wrong)
+    if "counts" in kept: values |= vote_values(log_probs, kept["counts"])
+    for name in ("fgsm", "pgd"):
+        if f"{name}_log_probs" in kept: values |= attack_values(name, kept[f"{name}_log_probs"].double(), labels, right)
     parts = {name: dict(index=x) for name, x in values.items()}
     if "score_max_logit" in kept:
         x, ood_x = auroc_values(kept["score_max_logit"], kept["ood_score_max_logit"])
         parts["auroc_max_logit"] = dict(index=x, ood_index=ood_x)
-    return parts
+    return parts | shift_parts(kept, -true_log_prob) | unfamiliar_parts(kept)
+
+def vote_values(log_probs:Tensor, counts:Tensor) -> dict[str, Tensor]:
+    "Values [N] of the metrics of `log_probs` [N,K] that need votes, `counts` [N,K]."
+    people, (confidence, predicted) = metrics.shares(counts), log_probs.exp().max(1)
+    agreed = people.gather(1, predicted[:, None])[:, 0]
+    cross_entropy = -torch.where(people > 0, people * log_probs, 0.).sum(1)     # 0 times -inf would be NaN
+    found = dict(kl_humans=(torch.xlogy(people, people) - people * log_probs).sum(1), ce_humans=cross_entropy,
+                 ece_votes=calibration_values(confidence, agreed, 15))
+    if counts.shape[1] < 3: return found
+    said = metrics.second(log_probs) == metrics.second(counts)
+    return found | dict(sba=among(said.double(), metrics.definite_second(counts)))
+
+def attack_values(name:str, after:Tensor, labels:Tensor, right:Tensor) -> dict[str, Tensor]:
+    "Values [N] of the metrics of the attack `name`, from answers `after` it [N,K], `labels` and what was `right` [N]."
+    still = right & (after.argmax(1) == labels)
+    return {f"{name}_accuracy": still.double(), f"{name}_drop": (right & ~still).double(),
+            f"{name}_nll": -after.gather(1, labels[:, None])[:, 0]}
+
+def shift_parts(kept:dict[str, Tensor], nll:Tensor) -> dict[str, dict[str, Tensor]]:
+    "`per_image` of further sets with the test's classes; `nll` [N] is the test images' own log loss."
+    found, sets = {}, [key for key in kept if key.startswith("shift_") and key.endswith("_right")]
+    for name in [key.removeprefix("shift_").removesuffix("_right") for key in sets]:
+        confidence, right = kept[f"shift_{name}_top"].double().exp(), kept[f"shift_{name}_right"].bool()
+        loss = -kept[f"shift_{name}_label"].double()
+        values = dict(accuracy=right.double(), nll=loss, confidence_right=among(confidence, right),
+                      confidence_wrong=among(confidence, ~right))
+        found |= {f"shift_{metric}_{name}": {f"shift_{name}": x} for metric, x in values.items()}
+        found[f"shift_nll_rise_{name}"] = {"index": loss.mean() - nll, f"shift_{name}": loss - nll.mean()}
+    return found
+
+def unfamiliar_parts(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    "`per_image` of the sets of other classes, by the maximal logit: of each, and of the means of near and of far ones."
+    found, groups = {}, dict(near={}, far={})
+    for part in [key for key in kept if key.startswith("unfamiliar_")]:
+        name = part.removeprefix("unfamiliar_")
+        x, other = auroc_values(kept["score_max_logit"], kept[part])
+        found[f"ood_auroc_{name}"] = {"index": x, part: other}
+        groups["near" if name in metrics.NEAR else "far"][part] = x, other
+    for group, members in groups.items():
+        if not members: continue
+        x = torch.stack([x for x, _ in members.values()]).mean(0)     # below, each set has its share in what varies
+        shares = {part: x.mean() + (other - other.mean()) / len(members) for part, (_, other) in members.items()}
+        found[f"{group}_ood_auroc"] = {"index": x} | shares
+    return found
+
 
 # %% ../nbs/50_stats.ipynb #210ae92d
 def nadeau_bengio(a, b, test:float, train:float, level:float=.95) -> Difference:

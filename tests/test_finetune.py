@@ -4,14 +4,16 @@ import contextlib
 import io
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, differences
 
-from soft_cifar import claims, data, experiment, oracle, runs, stats, study, training
+from soft_cifar import claims, data, evaluation, experiment, oracle, peterson, runs, shift, stats, study, training
 from soft_cifar.checks import DataError, InputError
 from soft_cifar.data import ImageSet
 from soft_cifar.parameters import Run
@@ -234,6 +236,66 @@ def test_a_study_makes_the_start_first_and_pools_over_folds(place, tmp_path):
     pairs = [rows[rows.labels == labels].sort_values("seed").nll for labels in ("soft", "hard")]
     expected = stats.nadeau_bengio(*pairs, test=40, train=60)     # folds share training images
     assert pool == expected and own.n == 6 and results.share == 40 / 60, (pool, expected, own)
+
+
+NEARER = dict(soft=1.2, sampled=1.2, class_mean=1.)     # how much more of the votes a network says; on other labels .8
+
+
+def made_up(run, rng):
+    "What `run` could have predicted of 100 test images and 80 of each further set: metrics, predictions."
+    def around(truth):
+        noise = torch.randn(truth.shape, generator=rng)
+        return (NEARER.get(run.labels, .8) * (truth + .05).log() + .3 * noise).log_softmax(1)
+    def scores(n): return torch.randn(n, generator=rng)
+    counts = torch.randint(1, 30, (100, 10), generator=torch.Generator().manual_seed(run.fold))     # the same images
+    people, labels = counts / counts.sum(1, keepdim=True), counts.argmax(1)
+    kept = dict(index=torch.arange(100) + 100 * run.fold, labels=labels, gold=labels, counts=counts.to(torch.uint8))
+    kept |= {f"{name}log_probs": around(people) for name in ("", "fgsm_", "pgd_")}
+    kept |= dict(ood_index=torch.arange(80), ood_log_probs=around(people[:80]), again_predicted=labels.to(torch.uint8))
+    kept |= dict(score_max_logit=scores(100), ood_score_max_logit=scores(80))
+    kept |= {f"unfamiliar_{name}": scores(80) for name in ("tinyimagenet", "textures", "svhn")}
+    kept |= dict(validation_labels=labels[:50], validation_log_probs=around(people[:50]))
+    kept |= shift.kept_of("cinic10_imagenet", around(people[:80]), labels[:80], 1.)
+    return evaluation.measure(kept), kept
+
+
+def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
+    """Two folds of finetune.yaml, made of random predictions: its page compares with gold labels, ever further from
+    home, and every claim of Peterson et al. is tested whose images are here."""
+    file = tmp_path / "runs" / "finetune.yaml"
+    file.parent.mkdir()
+    shutil.copy(ROOT / "runs" / "pretrain.yaml", file.parent)
+    whole_study = (ROOT / "runs" / "finetune.yaml").read_text()
+    file.write_text(whole_study.replace("seeds: [0, 1]", "seeds: [0]\nfold: [0, 1]"))
+    asked, rng = study.load(file), torch.Generator().manual_seed(0)
+    whole = {name: dict(fingerprint="made up", encoding="made up") for name in ("cifar10h", "svhn")}
+    for run in asked.runs:
+        found, kept = made_up(run, rng)
+        record = dict(data=whole, parameter_count=1, seconds=dict(load=1., fit=1., evaluate=1.), metrics=found,
+                      sizes=dict(train=8000, validation=1000, test=1000))
+        runs.save(run, record, kept, [dict(epoch=1, loss=1.)])
+    command = [sys.executable, "-m", "soft_cifar.cli", "report", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    report = tmp_path / "report" / "finetune"
+    made = {path.name for path in report.iterdir()}
+    assert {"from_gold.csv", "by_distance.svg", "claims.csv"} <= made, made
+    assert not {"soft_minus_hard.csv", "against_hard.csv"} & made, made
+    page = (report / "index.html").read_text()
+    assert "Ever further from home" in page and "From gold labels to votes" in page and "(0.35;" in page
+    judged = pd.read_csv(report / "claims.csv").set_index("claim")
+    assert list(judged.index) == [claim.name for claim in peterson.CLAIMS]
+    absent = judged.metric.str.contains("cifar10_1|imagenet_far")
+    assert (judged.compared_ours == judged.of * ~absent).all(), judged[["compared_ours", "of"]]
+
+    table = pd.read_csv(report / "from_gold.csv").set_index(["metric", "model", "labels"])
+    cells = study.gather(asked).query("model == 'tuned'").pivot(index="seed", columns="labels")
+    for metric in ("ce_humans", "shift_nll_cinic10_imagenet", "pgd_nll", "far_ood_auroc"):
+        difference = cells[metric].soft - cells[metric].gold
+        soft, gold = (table.loc[(metric, "tuned", labels)] for labels in ("soft", "gold"))
+        assert abs(soft.estimate - difference.mean()) < 1e-4 and soft.n == 2, (metric, soft, difference)
+        assert soft.low < soft.estimate < soft.high and pd.isna(gold.estimate), (soft, gold)
 
 
 def test_a_study_runs_them_as_notebooks(place, tmp_path):
