@@ -17,7 +17,8 @@ from .static import BASE, Table, one_label
 
 # %% ../../nbs/09_unrolled.ipynb #2443aaf7
 def outputs_with(classifier, weights:dict, x:Tensor) -> Tensor:
-    "The outputs of `classifier` on images `x`, with `weights` by name in place of its own. Its averages stay as they are."
+    """The outputs of `classifier` on images `x`, with `weights` by name in place of its own. Its averages stay as they
+    are."""
     buffers = {name: buffer.clone() for name, buffer in classifier.named_buffers()}
     return functional_call(classifier, weights | buffers, (x,))
 
