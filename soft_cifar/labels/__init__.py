@@ -57,7 +57,7 @@ class Votes:
     @property
     def images(self):
         "Raises `DataError`: there are none."
-        raise DataError("votes alone are no images, which teachers and sources with meta_share ask for: use an ImageSet")
+        raise DataError("votes alone are no images, which teachers and sources with meta_share need: pass an ImageSet")
 
 # %% ../../nbs/08_labels.ipynb #08a7e557
 def is_source(function) -> bool:
