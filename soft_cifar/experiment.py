@@ -9,7 +9,7 @@ __all__ = ['Parts', 'prepare', 'parted', 'classifier', 'described', 'save', 'exe
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from . import evaluation, models, runs, shift, training
+from . import evaluation, labels, models, runs, shift, training
 from .classifier import Classifier
 from .data import ImageSet, check_apart, fold_split, load, split
 from .labels.online import noisy
@@ -51,7 +51,9 @@ def prepare(run:Run) -> Parts:
     shift.check_new(further, [train, validation], test)
     scored = [(images, images) for images in (*further.shifted, *further.unfamiliar)]
     runs.check_unseen(run, [(test, whole), (ood, other), *scored])
-    if run.noise: train, validation = noisy(train, run.noise, run.seed), noisy(validation, run.noise, run.seed)
+    if run.noise:
+        spared = labels.trusted(run.labels, len(train), **run.source)
+        train, validation = noisy(train, run.noise, run.seed, spared), noisy(validation, run.noise, run.seed)
     return Parts(whole, other, train, validation, test, ood, further)
 
 def parted(whole:ImageSet, run:Run) -> tuple[ImageSet, ImageSet, ImageSet]:

@@ -28,13 +28,15 @@ def distillation(
     logits:torch.Tensor,       # [B,K], before the softmax
     log_teacher:torch.Tensor,  # [B,K], the teacher's log-probabilities, or its logits
     temperature:float,         # T > 0
+    weights:torch.Tensor=None, # [B], of each image; None: 1
 ) -> torch.Tensor:             # scalar, nats
     """Mean KL divergence from the teacher's distribution to the network's, both softened, times T squared (Hinton et
     al. 2015, section 2). Raises `InputError` for T <= 0, or shapes that differ."""
     shapes(logits=(logits, "BK", "floating"), log_teacher=(log_teacher, "BK", "floating"))
     T = number("temperature", temperature, low=0, open_low=True)
     log_p, log_q = (logits / T).log_softmax(1), (log_teacher / T).log_softmax(1)
-    return T**2 * (log_q.exp() * (log_q - log_p)).sum(1).mean()
+    divergence = (log_q.exp() * (log_q - log_p)).sum(1)
+    return T**2 * (divergence if weights is None else weights * divergence).mean()
 
 # %% ../nbs/10_losses.ipynb #4625530e
 def reverse_cross_entropy(logits:torch.Tensor, targets:torch.Tensor, log_zero:float=-4.) -> torch.Tensor:

@@ -266,7 +266,7 @@ def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
     file.parent.mkdir()
     shutil.copy(ROOT / "runs" / "pretrain.yaml", file.parent)
     whole_study = (ROOT / "runs" / "finetune.yaml").read_text()
-    file.write_text(whole_study.replace("seeds: [0, 1]", "seeds: [0]\nfold: [0, 1]"))
+    file.write_text(whole_study.replace("seeds: [0, 1]", "seeds: [0]").replace("fold: [0, 1, 2, 3, 4]", "fold: [0, 1]"))
     asked, rng = study.load(file), torch.Generator().manual_seed(0)
     whole = {name: dict(fingerprint="made up", encoding="made up") for name in ("cifar10h", "svhn")}
     for run in asked.runs:
@@ -280,8 +280,8 @@ def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
 
     report = tmp_path / "report" / "finetune"
     made = {path.name for path in report.iterdir()}
-    assert {"from_gold.csv", "by_distance.svg", "claims.csv"} <= made, made
-    assert not {"soft_minus_hard.csv", "against_hard.csv"} & made, made
+    assert {"from_gold.csv", "by_distance.svg", "claims.csv", "against_hard.csv"} <= made, made
+    assert "soft_minus_hard.csv" not in made, made
     page = (report / "index.html").read_text()
     assert "Ever further from home" in page and "From gold labels to votes" in page and "(0.35;" in page
     judged = pd.read_csv(report / "claims.csv").set_index("claim")

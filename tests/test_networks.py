@@ -1,5 +1,5 @@
 """One step of every method on every network, with every kind of label source, mix and loss, two at a time: what is
-allowed works, what is not is refused with a reason; and a network that draws at random resumes to the same bits."""
+allowed works, what is not is refused with a reason; and what draws at random or remembers resumes to the same bits."""
 import itertools
 import math
 from dataclasses import replace
@@ -145,12 +145,19 @@ def test_what_is_not_allowed_is_refused(wrong, reason):
     assert reason in message, message
 
 
-def test_shaken_training_resumes_to_the_same_bits(images, tmp_path):
-    "Shake-Shake draws at every step; killed after an epoch, it goes on to the weights that it would have had."
-    run = Run(preset="demo", backbone="shake", train_size=8, epochs=3, schedule="one_cycle", batch_size=4,
-              **TINY["shake"])
+# what draws at every step, or has a memory of its own
+RESUMED = dict(
+    shake=dict(backbone="shake", **TINY["shake"]), byot=dict(method="byot", labels="ols", depth=8),
+    reweight=dict(labels="reweight", depth=8), meta_weight_net=dict(labels="meta_weight_net", depth=8),
+    meta_labels=dict(labels="meta_labels", depth=8), two_views=dict(labels="two_views", depth=8))
+
+
+@pytest.mark.parametrize("parameters", RESUMED.values(), ids=RESUMED)
+def test_training_resumes_to_the_same_bits(parameters, images, tmp_path):
+    "Killed after an epoch, it goes on to the weights that it would have had."
+    run = Run(preset="demo", train_size=8, epochs=3, schedule="one_cycle", batch_size=4, **parameters)
     def trained(folder=None, stop=False):
-        classifier = models.create("basic", run.seed, **run.model)
+        classifier = models.create(run.method, run.seed, **run.model)
         def progress(history):
             if stop and len(history) == 1: raise KeyboardInterrupt
         try: training.fit(classifier, images, images, run, folder, progress, checkpoint_seconds=0)

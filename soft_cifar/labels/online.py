@@ -144,13 +144,15 @@ def ols_single(image_set:ImageSet, ols_alpha:LABEL_WEIGHT=.5,
     return OnePeer(one_label(image_set, base), ols_alpha)
 
 # %% ../../nbs/05_online.ipynb #e18f3d50
-def noisy(image_set:ImageSet, noise:float, seed:int) -> ImageSet:
+def noisy(image_set:ImageSet, noise:float, seed:int, spared:Tensor|None=None) -> ImageSet:
     """`image_set` with symmetric label noise: in a share `noise` of the images, by `seed`, the majority class (where
-    nobody voted, the label) changes places with another class, in votes, soft labels and label. Raises `InputError` for
-    a share outside [0,1]."""
-    count = round(number("noise", noise, low=0, high=1) * len(image_set))
+    nobody voted, the label) changes places with another class, in votes, soft labels and label. Images at the positions
+    `spared` stay as they are, and are not counted. Raises `InputError` for a share outside [0,1]."""
     g, K = torch.Generator().manual_seed(seed), len(image_set.classes)
-    wrong = torch.randperm(len(image_set), generator=g)[:count]
+    order = torch.randperm(len(image_set), generator=g)
+    if spared is not None: order = order[~torch.isin(order, spared)]
+    count = round(number("noise", noise, low=0, high=1) * len(order))
+    wrong = order[:count]
     given = image_set.soft if image_set.counts is None else image_set.counts
     was = (image_set.labels if given is None else image_set.majority)[wrong]
     now = (was + torch.randint(1, K, (count,), generator=g)) % K

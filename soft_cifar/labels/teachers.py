@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARE', 'TEMPERATURE', 'CORRECT', 'answer', 'device_of', 'fit_to_teach', 'answers', 'Taught', 'single', 'off_ldl',
            'off_en_ldl', 'off_mt_ldl', 'on_ldl', 'on_en_ldl', 'on_mt_ldl', 'Distilled', 'kd', 'virtual_teacher',
-           'tf_kd']
+           'tf_kd', 'WeightedDistilled', 'wsl']
 
 # %% ../../nbs/06_teachers.ipynb #6ea48311
 import math
@@ -140,3 +140,31 @@ def tf_kd(image_set:ImageSet, kd_alpha:SHARE=.1, kd_temperature:TEMPERATURE=20.,
     """Teacher-free distillation: `kd` with an imagined teacher that is `correct` sure of the label. Raises
     `InputError` for a or correct outside [0,1], T <= 0."""
     return Distilled(one_label(image_set, base), lambda x, y: virtual_teacher(y, correct), kd_alpha, kd_temperature)
+
+# %% ../../nbs/06_teachers.ipynb #133da545
+class WeightedDistilled(Distilled):
+    "`Distilled`, where the teacher counts for as much as it is nearer to the label than the network."
+    def weights(self, y:Tensor, log_q:Tensor, log_p:Tensor) -> Tensor:
+        "How much the teacher's answers `log_q` [B,K] count beside the network's `log_p` [B,K], with labels `y`: [B]."
+        of_network, of_teacher = (-(y * one).sum(1) for one in (log_p, log_q))
+        return 1 - (-of_network / (of_teacher + 1e-7)).exp()
+
+    def adapt(self, y:Tensor, x:Tensor, log_probs:Tensor) -> Tensor:
+        "The one target towards which the gradient goes, if T = 1 and the criterion is cross-entropy."
+        log_q = self.teacher(x, y)
+        share = self.alpha * self.weights(y, log_q, log_probs)[:, None]
+        return (y + share * log_q.exp()) / (1 + share)
+
+    def loss(self, objective, outputs:Tensor, y:Tensor, x:Tensor, logits:Tensor|None=None) -> Tensor:
+        log_q = self.teacher(x, y)
+        weights = self.weights(y, log_q, logits.detach().log_softmax(1))
+        return objective(outputs, logits, y) + self.alpha * distillation(logits, log_q, self.temperature, weights)
+
+@checked
+def wsl(image_set:ImageSet, teachers=(), wsl_alpha:real("weight of the teacher beside the label", low=0)=2.5,
+        wsl_temperature:TEMPERATURE=2., base:BASE="majority") -> WeightedDistilled:
+    """The loss to the `base` label, and a w T^2 KL to the mean of the teachers at temperature T, with a larger w for
+    an image whose label the teachers are nearer to than the network (Zhou et al. 2021). Raises `InputError` as
+    `off_ldl`, for a < 0, T <= 0."""
+    teachers = fit_to_teach(teachers, image_set)
+    return WeightedDistilled(one_label(image_set, base), lambda x, y: answer(teachers, x), wsl_alpha, wsl_temperature)
