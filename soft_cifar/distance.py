@@ -16,7 +16,7 @@ from .claims import CELL, Results
 from .metrics import DERIVED, lookup
 from .peterson import CLAIMS, MAIN, SETS, WAYS, fine_tuned, published, sets_of
 from .plots import MARKERS, colors_of
-from .tables import KEYS, MORE, TITLES, difference_row, in_words, names_of
+from .tables import KEYS, MORE, TITLES, difference_row, in_a_breath, in_words, names_of
 
 # %% ../nbs/56_distance.ipynb #785b0d37
 def controls(gathered:pd.DataFrame) -> list[tuple]:
@@ -156,8 +156,4 @@ def headline(ours:pd.DataFrame, measured:Results) -> str:
     asked = asked.loc[(asked.estimate / asked.smallest).abs().sort_values(ascending=False).index]
     said = {verdict: [] for verdict in TITLES}
     for row in asked.itertuples(): said[in_words(row)].append(change(row, measured))
-    helps, harms = (any(said[f"{side}{where}"] for where in ("", ", on these images")) for side in ("better", "worse"))
-    word = {(True, True): "Yes and no", (True, False): "Yes", (False, True): "No"}.get((helps, harms), "Undecided")
-    parts = [f"- **{title}**: {', '.join(said[verdict])}" for verdict, title in TITLES.items() if said[verdict]]
-    pairs = f"From gold labels to votes, for the same pre-trained network ({asked.n.max()} pairs):"
-    return "\n".join([f"**{word}.** {pairs}\n", *parts])
+    return in_a_breath(said, f"From gold labels to votes, for the same pre-trained network ({asked.n.max()} pairs)")

@@ -7,9 +7,9 @@ __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHE
            'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry', 'wide', 'markdown',
            'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard', 'with_verdicts', 'names_of',
            'against_hard', 'families_of', 'by_family', 'family_rows', 'family_values', 'pooled_row', 'between',
-           'amount', 'amounts', 'doubt', 'with_a_verdict', 'finding', 'change', 'headline', 'claim_sentences',
-           'readable', 'verdict_text', 'claims_beside', 'family_table', 'between_table', 'family_sentence',
-           'family_finding']
+           'amount', 'amounts', 'doubt', 'with_a_verdict', 'finding', 'change', 'in_a_breath', 'headline',
+           'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'family_table', 'between_table',
+           'family_sentence', 'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -365,18 +365,23 @@ TITLES = {   # verdict: what stands before the metrics that have it
     "no difference that matters, on these images": "no difference that matters on these images",
     "undecided": "undecided"}
 
+def in_a_breath(said:dict[str, list[str]], change:str) -> str:
+    """Do other labels help, at what? From what is `said` in words of each verdict in `TITLES`; `change` says from which
+    labels to which."""
+    helps, harms = (any(said[f"{side}{where}"] for where in ("", ", on these images")) for side in ("better", "worse"))
+    word = {(True, True): "Yes and no", (True, False): "Yes", (False, True): "No"}.get((helps, harms), "Undecided")
+    parts = [f"- **{title}**: {', '.join(said[verdict])}" for verdict, title in TITLES.items() if said[verdict]]
+    return "\n".join([f"**{word}.** {change}:\n", *parts])
+
 def headline(differences:pd.DataFrame, gathered:pd.DataFrame) -> str:
     """The answer in a breath, from the verdicts in the pooled rows of `soft_minus_hard`: do soft labels help, at what?
     What changes most, in differences that matter, comes first. Empty where there are no verdicts, as of one seed."""
     promised = with_a_verdict(differences)
     if not len(promised) or promised.verdict.str.startswith("not testable").any(): return ""
     promised = promised.loc[(promised.estimate / promised.smallest).abs().sort_values(ascending=False).index]
-    def listed(verdict): return ", ".join(change(gathered, name) for name in promised[promised.verdict == verdict].metric)
-    said = {verdict: listed(verdict) for verdict in TITLES}
-    helps, harms = (any(said[f"{side}{where}"] for where in ("", ", on these images")) for side in ("better", "worse"))
-    word = {(True, True): "Yes and no", (True, False): "Yes", (False, True): "No"}.get((helps, harms), "Undecided")
-    parts = [f"- **{title}**: {said[verdict]}" for verdict, title in TITLES.items() if said[verdict]]
-    return "\n".join([f"**{word}.** From the majority label to the votes:\n", *parts])
+    said = {verdict: [change(gathered, name) for name in promised[promised.verdict == verdict].metric]
+            for verdict in TITLES}
+    return in_a_breath(said, "From the majority label to the votes")
 
 def claim_sentences(rows:pd.DataFrame) -> list[str]:
     """What `claims.of_study` decided, a sentence per claim that is not undecided. One comparison can refute a claim on
