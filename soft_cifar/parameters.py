@@ -67,7 +67,6 @@ PRESETS = dict(
         epochs=8, lr=.05, warmup=1, milestones=(4, 6, 7), bfloat16=False, penalty_every=1))
 PRESETS["compact"] = PRESETS["paper"] | dict(
     schedule="one_cycle", epochs=60, lr=.8, warmup=0, milestones=(), bfloat16="auto", penalty_every=4)
-# provisional until the pilot on other folds has run
 PRESETS["finetune"] = PRESETS["compact"] | dict(epochs=8, lr=.02)
 
 def companions(data:str) -> dict:
