@@ -254,7 +254,12 @@ class Checked:
             raise InputError(
                 f"labels={self.labels!r} with loss={self.loss!r}: the sum of the losses to each teacher is taken as a "
                 f"multiple of the loss to their mean, which holds for cross_entropy only; use it, or labels={mean!r}")
-        alone = getattr(label_sources.sources()[self.labels], "learns_unmixed", False)
+        source = label_sources.sources()[self.labels]
+        if getattr(source, "needs_augmentation", False) and not (self.augment or self.cutout):
+            raise InputError(
+                f"augment=False with labels={self.labels!r}, which compares two views of an image: they would be the "
+                "same. Leave augment on, or choose other labels")
+        alone = getattr(source, "learns_unmixed", False)
         if alone and self.mix != "none" and self.mix_probability == 1: raise InputError(
             f"mix_probability={self.mix_probability} with labels={self.labels!r}, which learns from batches that are "
             f"not mixed: expected below 1, or there are none. Lower it, or leave out mix={self.mix!r}")

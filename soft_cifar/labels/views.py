@@ -51,3 +51,4 @@ def two_views(image_set:ImageSet, view_weight:real("weight of what the other vie
     return TwoViews(one_label(image_set, base), view_weight)
 
 two_views.learns_unmixed = True     # from batches that are not mixed, and from no others
+two_views.needs_augmentation = True     # without it the views are one
