@@ -9,7 +9,7 @@ __all__ = ['TYPES', 'METRICS', 'PRIMARY', 'DERIVED', 'NEAR', 'tensor_of', 'array
            'ece_debiased', 'reliability_votes', 'ece_votes', 'reliability_true_class', 'ece_true_class', 'entropy',
            'uce', 'class_f1_confidence', 'ce_to_humans', 'kl_to_humans', 'js_to_humans', 'tv_to_humans',
            'entropy_correlation', 'definite_second', 'second', 'second_best_accuracy', 'check_scores', 'ranked',
-           'auroc', 'aupr', 'fpr95', 'Metric', 'lookup']
+           'auroc', 'aupr', 'fpr95', 'Metric', 'named_by', 'lookup']
 
 # %% ../nbs/11_metrics.ipynb #8285172d
 import functools, math
@@ -536,6 +536,11 @@ DERIVED = {metric.name: metric for metric in (
            "nats", "lower", "nats", smallest=.01))}
 
 NEAR = ("tinyimagenet",)     # of the sets of other classes: photographs, as the test images are; all others are far
+
+def named_by(kept, prefix:str, suffix:str="") -> list[str]:
+    "What stands between `prefix` and `suffix` in those of the names `kept` that have both, such as of predictions."
+    return [name.removeprefix(prefix).removesuffix(suffix) for name in kept
+            if name.startswith(prefix) and name.endswith(suffix)]
 
 def lookup(name:str) -> Metric:
     """The entry of the metric `name`; of a score or a set without one, such as `fpr95_entropy`, that of its family.

@@ -11,6 +11,7 @@ __all__ = ['WAYS', 'TABLE_1', 'TABLE_2', 'REPORTED', 'SETS', 'TAUGHT', 'VOTES', 
 import functools, math
 import pandas as pd
 from .claims import CELL, Claim, Results, average, each
+from .metrics import named_by
 
 # %% ../nbs/52_peterson.ipynb #80012de8
 WAYS = dict(   # of fine-tuning there: the cell (model, labels, mix) of runs/finetune.yaml that does it
@@ -155,7 +156,7 @@ def fine_tuned(gathered:pd.DataFrame) -> pd.Series:
 
 def sets_of(columns) -> list[str]:
     "The shift sets of which `columns` have the accuracy, ever further from home; those that we do not know last."
-    found = [name.removeprefix("shift_accuracy_") for name in columns if name.startswith("shift_accuracy_")]
+    found = named_by(columns, "shift_accuracy_")
     order = list(SETS)
     return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 

@@ -16,7 +16,6 @@ import numpy as np, scipy.optimize, scipy.stats, torch
 from torch import Tensor
 from . import metrics
 from .checks import InputError, number, shapes
-from .shift import named_by
 
 # %% ../nbs/50_stats.ipynb #bb092003
 def possible_seed_counts(mean:float, images:int=1500, decimals:int=3, most:int=5) -> list[int]:
@@ -175,7 +174,7 @@ def attack_values(name:str, after:Tensor, labels:Tensor, right:Tensor) -> dict[s
 def shift_parts(kept:dict[str, Tensor], nll:Tensor) -> dict[str, dict[str, Tensor]]:
     "`per_image` of further sets with the test's classes; `nll` [N] is the test images' own log loss."
     found = {}
-    for name in named_by(kept, "shift_", "_right"):
+    for name in metrics.named_by(kept, "shift_", "_right"):
         confidence, right = kept[f"shift_{name}_top"].double().exp(), kept[f"shift_{name}_right"].bool()
         loss = -kept[f"shift_{name}_label"].double()
         values = dict(accuracy=right.double(), nll=loss, confidence_right=among(confidence, right),
@@ -187,7 +186,7 @@ def shift_parts(kept:dict[str, Tensor], nll:Tensor) -> dict[str, dict[str, Tenso
 def unfamiliar_parts(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     "`per_image` of the sets of other classes, by the maximal logit: of each, and of the means of near and of far ones."
     found, groups = {}, dict(near={}, far={})
-    for name in named_by(kept, "unfamiliar_"):
+    for name in metrics.named_by(kept, "unfamiliar_"):
         part = f"unfamiliar_{name}"
         x, other = auroc_values(kept["score_max_logit"], kept[part])
         found[f"ood_auroc_{name}"] = {"index": x, part: other}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import ROOT, differences
 
 from soft_cifar import claims, data, evaluation, experiment, oracle, peterson, runs, shift, stats, study, training
@@ -242,14 +243,17 @@ NEARER = dict(soft=1.2, sampled=1.2, class_mean=1.)     # how much more of the v
 
 
 def made_up(run, rng):
-    "What `run` could have predicted of 100 test images and 80 of each further set: metrics, predictions."
+    """What `run` could have predicted of 100 test images and 80 of each further set: metrics, predictions. The more
+    images it has learnt from, the better."""
+    where = run.seed if run.fold is None else run.fold     # the test images
+    spread = .3 if run.folds else .6 * (450 / run.train_size)**.5
     def around(truth):
         noise = torch.randn(truth.shape, generator=rng)
-        return (NEARER.get(run.labels, .8) * (truth + .05).log() + .3 * noise).log_softmax(1)
+        return (NEARER.get(run.labels, .8) * (truth + .05).log() + spread * noise).log_softmax(1)
     def scores(n): return torch.randn(n, generator=rng)
-    counts = torch.randint(1, 30, (100, 10), generator=torch.Generator().manual_seed(run.fold))     # the same images
+    counts = torch.randint(1, 30, (100, 10), generator=torch.Generator().manual_seed(where))     # the same images
     people, labels = counts / counts.sum(1, keepdim=True), counts.argmax(1)
-    kept = dict(index=torch.arange(100) + 100 * run.fold, labels=labels, gold=labels, counts=counts.to(torch.uint8))
+    kept = dict(index=torch.arange(100) + 100 * where, labels=labels, gold=labels, counts=counts.to(torch.uint8))
     kept |= {f"{name}log_probs": around(people) for name in ("", "fgsm_", "pgd_")}
     kept |= dict(ood_index=torch.arange(80), ood_log_probs=around(people[:80]), again_predicted=labels.to(torch.uint8))
     kept |= dict(score_max_logit=scores(100), ood_score_max_logit=scores(80))
@@ -259,15 +263,18 @@ def made_up(run, rng):
     return evaluation.measure(kept), kept
 
 
-def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
-    """Two folds of finetune.yaml, made of random predictions: its page compares with gold labels, ever further from
-    home, and every claim of Peterson et al. is tested whose images are here."""
-    file = tmp_path / "runs" / "finetune.yaml"
+def reported(place, name, **changes):
+    """(The study `name` with `changes` in its lines, whose runs below the folder `place` are made up, the folder of its
+    report.)"""
+    file, rng = place / "runs" / f"{name}.yaml", torch.Generator().manual_seed(0)
     file.parent.mkdir()
-    shutil.copy(ROOT / "runs" / "pretrain.yaml", file.parent)
-    whole_study = (ROOT / "runs" / "finetune.yaml").read_text()
-    file.write_text(whole_study.replace("seeds: [0, 1]", "seeds: [0]").replace("fold: [0, 1, 2, 3, 4]", "fold: [0, 1]"))
-    asked, rng = study.load(file), torch.Generator().manual_seed(0)
+    lines = (ROOT / "runs" / file.name).read_text().splitlines()
+    for line in lines:
+        if line.startswith("reuse: "):
+            for other in yaml.safe_load(line)["reuse"]: shutil.copy(ROOT / "runs" / f"{other}.yaml", file.parent)
+    file.write_text("\n".join(f"{key}: {changes[key]}" if (key := line.partition(":")[0]) in changes else line
+                              for line in lines))
+    asked = study.load(file)
     whole = {name: dict(fingerprint="made up", encoding="made up") for name in ("cifar10h", "svhn")}
     for run in asked.runs:
         found, kept = made_up(run, rng)
@@ -277,8 +284,13 @@ def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
     command = [sys.executable, "-m", "soft_cifar.cli", "report", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return asked, place / "report" / name
 
-    report = tmp_path / "report" / "finetune"
+
+def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
+    """Two folds of finetune.yaml, made of random predictions: its page compares with gold labels, ever further from
+    home, and every claim of Peterson et al. is tested whose images are here."""
+    asked, report = reported(tmp_path, "finetune", seeds=[0], fold=[0, 1])
     made = {path.name for path in report.iterdir()}
     assert {"from_gold.csv", "by_distance.svg", "claims.csv", "against_hard.csv"} <= made, made
     assert "soft_minus_hard.csv" not in made, made
@@ -296,6 +308,22 @@ def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
         soft, gold = (table.loc[(metric, "tuned", labels)] for labels in ("soft", "gold"))
         assert abs(soft.estimate - difference.mean()) < 1e-4 and soft.n == 2, (metric, soft, difference)
         assert soft.low < soft.estimate < soft.high and pd.isna(gold.estimate), (soft, gold)
+
+
+def test_a_budget_is_compared_at_the_same_cost(tmp_path):
+    "budget_tuned.yaml, made of predictions that get better with images alone: its page says so, pair by pair."
+    asked, report = reported(tmp_path, "budget_tuned", seeds=[0, 1, 2])
+    pairs = pd.read_csv(report / "same_cost.csv").set_index(["metric", "more", "fewer"])
+    assert len(pairs) == 30 and set(pairs.n) == {3}, pairs
+    by_model = study.gather(asked).pivot(index="seed", columns="model", values="kl_humans")
+    difference = by_model["8,000 images, 1 vote"] - by_model["4,000 images, 2 votes"]
+    row = pairs.loc[("kl_humans", "8,000 × 1", "4,000 × 2")]
+    assert abs(row.estimate - difference.mean()) < 1e-4 and row.low < row.estimate < row.high, (row, difference)
+    found = pairs.loc["kl_humans"].better.value_counts()
+    assert found.filter(like="more images").sum() > 2 and not found.filter(like="more votes").sum(), found
+    page = (report / "index.html").read_text()
+    assert "At the same cost" in page and "Of two ways to spend the same number of votes" in page
+    assert {"spending.svg", "table1.csv"} <= {path.name for path in report.iterdir()}
 
 
 def test_a_study_runs_them_as_notebooks(place, tmp_path):
