@@ -110,7 +110,7 @@ def by_distance(table:pd.DataFrame, ours:pd.DataFrame) -> Figure:
     drawn = table[table.labels.isin(DRAWN) & table.estimate.notna() & table.metric.isin(metrics)]
     kind = "labels" if drawn.model.nunique() == 1 else "model"     # what a colour means
     colors = colors_of(drawn[kind].unique())
-    fig, ax = plt.subplots(figsize=(7.4, 3.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(4.7, 4), layout="constrained")
     lines = list(drawn.groupby("configuration", sort=False))
     for i, (name, part) in enumerate(lines):
         labels, color = part.labels.iloc[0], colors[part[kind].iloc[0]]
@@ -122,9 +122,10 @@ def by_distance(table:pd.DataFrame, ours:pd.DataFrame) -> Figure:
                     alpha=1 if strong else .55, zorder=3 if strong else 2)
     ax.axhline(0, color="grey", lw=.8)
     ax.set(ylabel="cross-entropy less the control's,\nnats (down is better)", xlim=(-.4, len(metrics) - .6))
-    ax.set_xticks(range(len(metrics)), ["hold-out" if name == "nll" else head(name) for name in metrics])
-    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
-    fig.suptitle("\n".join(textwrap.wrap(growth(ours), 62)), fontsize=10)
+    places = ["hold-out" if name == "nll" else head(name) for name in metrics]
+    ax.set_xticks(range(len(metrics)), [textwrap.fill(place, 11) for place in places])
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+    fig.suptitle(textwrap.fill(growth(ours), 48), fontsize=10)
     return fig
 
 # %% ../nbs/56_distance.ipynb #4edd93cf
