@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'COMPARED', 'BETTER', 'purchases', 'alternatives', 'at_same_cost', 'differs', 'rows_of', 'findings',
-           'headline', 'by_spending']
+           'headline', 'compared', 'counted', 'by_spending']
 
 # %% ../nbs/57_spending.ipynb #c33a2285
 import itertools
@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from . import budget
 from .checks import escape_html
-from .claims import CELL, Claim, Results, of_study
+from .claims import CELL, Claim, Results, average, of_study
 from .metrics import lookup
 
 # %% ../nbs/57_spending.ipynb #7c0cc9e3
@@ -23,16 +23,15 @@ def purchases(gathered:pd.DataFrame) -> pd.DataFrame:
     labels, mix): `images`, those for validation included, `votes` of each, `spent`, and all `ALIKE`."""
     bought = gathered[gathered.labels == "votes"].drop_duplicates(CELL).set_index(CELL, drop=False)
     images = bought.train_size + bought.validation_size
-    return pd.DataFrame(dict(images=images, votes=bought.votes, spent=images * bought.votes)).join(bought[ALIKE])
+    alike = bought.reindex(columns=ALIKE)     # a table of old runs may lack one
+    return pd.DataFrame(dict(images=images, votes=bought.votes, spent=images * bought.votes)).join(alike)
 
 def alternatives(bought:pd.DataFrame) -> list[tuple]:
     """The pairs of cells in a table as `purchases` gives it that cost the same and follow each other in the number of
     images; the one with more images comes first."""
-    pairs = []
-    for _, same in bought.sort_values("images", ascending=False).groupby(["spent", "mix", *ALIKE]):
-        numbers = same.images.tolist()
-        pairs += [(same.index[i], same.index[i + 1]) for i in range(len(same) - 1) if numbers[i] > numbers[i + 1]]
-    return pairs
+    most_first = bought.sort_values("images", ascending=False)
+    return [(more, fewer) for _, same in most_first.groupby(["spent", "mix", *ALIKE], dropna=False)
+            for more, fewer in itertools.pairwise(same.index) if bought.images[more] > bought.images[fewer]]
 
 # %% ../nbs/57_spending.ipynb #707b1ea6
 COMPARED = ("kl_humans", "nll", "accuracy")
@@ -46,8 +45,9 @@ def at_same_cost(gathered:pd.DataFrame, measured:Results) -> pd.DataFrame:
     def named(cell): return f"{bought.images[cell]:,} × {bought.votes[cell]}"
     asked = [(metric, more, fewer) for metric in COMPARED for more, fewer in alternatives(bought)]
     if not asked: return pd.DataFrame(columns=["metric", "estimate", "spent", "more", "fewer", "better"])
-    rows = of_study(measured, [Claim(f"{named(more)} is better than {named(fewer)}", metric, (((more, fewer),),),
-                                     lookup(metric).direction) for metric, more, fewer in asked])
+    rows = of_study(measured, [
+        Claim(f"{named(more)} is better than {named(fewer)}", metric, average([(more, fewer)]), lookup(metric).direction)
+        for metric, more, fewer in asked])
     verdicts = [verdict.partition(", ") for verdict in rows.verdict]
     return rows.assign(
         spent=[bought.spent[more] for _, more, _ in asked],
@@ -75,16 +75,20 @@ def rows_of(found:pd.DataFrame) -> list[list[str]]:
 # %% ../nbs/57_spending.ipynb #fb7c7158
 def findings(found:pd.DataFrame) -> list[str]:
     "For each metric of `at_same_cost` that could be compared what is better, in how many pairs, and by how much."
-    sentences = []
-    for metric, part in found[found.estimate.notna()].groupby("metric", sort=False):
-        counted = part.better.value_counts()
-        said = ", ".join(f"{better} in {n} of {len(part)}" for better, n in counted.items())
-        sentences.append(f"{lookup(metric).title}: {said} ({budget.how_much(part)})")
-    return sentences
+    return [f"{counted(part)} ({budget.how_much(part)})" for part in compared(found)]
 
 def headline(found:pd.DataFrame) -> str:
-    "The title of a figure: the first of `findings`, without sizes; empty where nothing could be compared."
-    return next(iter(findings(found)), "").partition(" (differences")[0]
+    "The title of a figure: what `findings` say of the first metric, without sizes; empty where there is none."
+    return next(map(counted, compared(found)), "")
+
+def compared(found:pd.DataFrame) -> list[pd.DataFrame]:
+    "The rows of each metric of `at_same_cost` that could be compared."
+    return [part for _, part in found[found.estimate.notna()].groupby("metric", sort=False)]
+
+def counted(part:pd.DataFrame) -> str:
+    "What is better, and in how many pairs, from the rows of one metric."
+    said = ", ".join(f"{better} in {n} of {len(part)}" for better, n in part.better.value_counts().items())
+    return f"{lookup(part.metric.iloc[0]).title}: {said}"
 
 def by_spending(gathered:pd.DataFrame, title:str="") -> Figure:
     "KL to people against the votes spent, of a table as `study.gather` gives it: `budget.spending` of its purchases."

@@ -264,16 +264,13 @@ def made_up(run, rng):
 
 
 def reported(place, name, **changes):
-    """(The study `name` with `changes` in its lines, whose runs below the folder `place` are made up, the folder of its
-    report.)"""
+    """(The study `name` with other entries, `changes`, whose runs below the folder `place` are made up, the folder of
+    its report.)"""
     file, rng = place / "runs" / f"{name}.yaml", torch.Generator().manual_seed(0)
     file.parent.mkdir()
-    lines = (ROOT / "runs" / file.name).read_text().splitlines()
-    for line in lines:
-        if line.startswith("reuse: "):
-            for other in yaml.safe_load(line)["reuse"]: shutil.copy(ROOT / "runs" / f"{other}.yaml", file.parent)
-    file.write_text("\n".join(f"{key}: {changes[key]}" if (key := line.partition(":")[0]) in changes else line
-                              for line in lines))
+    given = yaml.safe_load((ROOT / "runs" / file.name).read_text())
+    for other in given["reuse"]: shutil.copy(ROOT / "runs" / f"{other}.yaml", file.parent)
+    file.write_text(yaml.safe_dump(given | changes, sort_keys=False))
     asked = study.load(file)
     whole = {name: dict(fingerprint="made up", encoding="made up") for name in ("cifar10h", "svhn")}
     for run in asked.runs:
