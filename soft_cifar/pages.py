@@ -95,6 +95,7 @@ def exporter(code:bool):
     made = nbconvert.HTMLExporter(
         template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True)
     made.register_filter("markdown2html", markdown_html)
+    made.register_filter("clean_html", lambda html: html)     # of code that is highlighted here; a quarter of the time
     return made
 
 def body_of(notebook, code:bool=True) -> str:
@@ -115,15 +116,20 @@ class Page:
     navigation: str = ""
     after: str = ""
 
-    def html(self) -> str:
-        "The page as a file."
+    def parsed(self):
+        "What it shows below the navigation, as a tree, mended."
         from bs4 import BeautifulSoup
         soup = BeautifulSoup(f"<main>{self.lead}{self.body}{self.after}</main>", "html.parser")
         mend(soup)
-        listed = contents(soup)
         about = f'<p class="about">{self.about}</p>' if self.about else ""
         heading = soup.h1
         if about and heading: heading.insert_after(BeautifulSoup(about, "html.parser"))
+        return soup
+
+    def html(self, soup=None) -> str:
+        "The page as a file, with `soup` in place of what is `parsed`."
+        soup = soup or self.parsed()
+        listed = contents(soup)
         viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
         head = (f'<meta charset="utf-8">{viewport}<meta name="color-scheme" content="light dark">'
                 f"<title>{escape_html(self.title)}</title><style>{STYLE}{colours_of_code()}</style>")

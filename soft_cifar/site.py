@@ -195,11 +195,10 @@ def neighbours(before:Lesson|None, after:Lesson|None) -> str:
 
 def written(page:Page, source:str, place:Path, files) -> None:
     "Write the page made from the file `source` into the folder `place`: links resolved, figures as files beside it."
-    from bs4 import BeautifulSoup
     target = place / target_of(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    soup = BeautifulSoup(replace(page, navigation=navigation(source)).html(), "html.parser")
-    for link in soup.main.select("a[href]"):
+    soup = page.parsed()
+    for link in soup.select("a[href]"):
         if "download" not in link.attrs: link["href"] = resolved(link["href"], source, files)
     for number, image in enumerate(soup.select("img[src]"), 1):
         data = re.fullmatch(r"data:image/(\w+)[^,]*;base64,(.*)", image["src"], re.DOTALL)
@@ -209,7 +208,7 @@ def written(page:Page, source:str, place:Path, files) -> None:
         name = f"{target.stem}-{number}.{data[1]}"
         (target.parent / name).write_bytes(base64.b64decode(data[2]))
         image["src"] = name
-    target.write_text(str(soup))
+    target.write_text(replace(page, navigation=navigation(source)).html(soup))
 
 COPIED = ("nbs/*.ipynb", "report/*/*.csv", "report/*/*.json", "report/*/*.png")
 

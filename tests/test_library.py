@@ -68,6 +68,7 @@ from soft_cifar import experiment, runs
 from soft_cifar.parameters import Run
 sizes = dict(train_size=100, validation_size=100, test_size=100, ood_size=100)
 folder = experiment.execute(Run(preset="demo", depth=8, schedule="one_cycle", epochs=1, output=sys.argv[1], **sizes))
+assert "torch._dynamo" not in sys.modules, "a compiler was imported, for seconds, that nothing uses"
 print(f"measured {len(runs.record(folder)['metrics'])}")
 """
 
@@ -78,7 +79,7 @@ def test_the_core_trains_without_what_extras_bring(tmp_path):
     names = [".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")]
     core = sorted(name.removesuffix(".__init__") for name in names if name not in WITH_EXTRAS and name != "__init__")
     assert {"labels", "losses", "metrics", "experiment", "cli"} <= {*core}, core
-    code = BLOCK + "".join(f"import soft_cifar.{name}\n" for name in core) + example() + EXPERIMENT
+    code = BLOCK + "".join(f"import soft_cifar.{name}\n" for name in core) + EXPERIMENT + example()
     done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "KL to people" in done.stdout and "measured" in done.stdout, done.stdout

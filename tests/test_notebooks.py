@@ -25,8 +25,8 @@ def source(notebook, tag=None):
 
 # Its children start with the libraries imported, and share no more.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([     # an optimiser imports PyTorch's compiler
-    "torch", "torch._dynamo", "pandas", "seaborn", "scipy.stats", "distributed", "papermill", "execnb.shell"])
+processes.set_forkserver_preload([
+    "torch", "pandas", "seaborn", "scipy.stats", "distributed", "papermill", "execnb.shell"])
 
 
 def run_lesson(notebook, executed, said):
