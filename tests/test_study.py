@@ -217,6 +217,19 @@ def test_150_runs_in_one_report(tmp_path):
     assert {*names} <= {p.name for p in page.iterdir()}
 
 
+def test_a_report_comes_again_from_its_table(tmp_path):
+    "Where the runs are gone: the committed table of what they measured, of before there were backbones, says the same."
+    there = ROOT / "report" / "annotators_demo"
+    file = study_in(tmp_path, (ROOT / "runs" / "annotators_demo.yaml").read_text())
+    page = tmp_path / "report" / "small"
+    page.mkdir(parents=True)
+    shutil.copy(there / "runs.csv", page)
+    done = soft_cifar("report", file)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The runs are not at hand" in (page / "index.html").read_text()
+    assert (page / "table1.csv").read_text() == (there / "table1.csv").read_text()
+
+
 STUDIES = "primary", "grid", "paper"
 PUBLISHED = sorted(folder for name in STUDIES for folder in (ROOT / "runs" / name).glob("*/seed-*"))
 
