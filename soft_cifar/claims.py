@@ -183,6 +183,10 @@ class Results:
     by_image: dict[tuple, dict]
     share: float
 
+    def having(self, names) -> list[str]:
+        "Those of the metrics `names` that runs recorded."
+        return [name for name in names if name in self.by_seed and self.by_seed[name].notna().any(axis=None)]
+
 def by_image(kept:dict) -> dict:
     """For each metric that the predictions `kept` of a run allow: (values [N], index [N]) for each of its sets of
     images. Of further sets every run has all images, in one order."""

@@ -16,7 +16,7 @@ from .claims import CELL, Results
 from .metrics import DERIVED, lookup
 from .peterson import CLAIMS, MAIN, SETS, WAYS, fine_tuned, published, sets_of
 from .plots import MARKERS, colors_of
-from .tables import KEYS, MORE, TITLES, difference_row, in_a_breath, in_words, names_of
+from .tables import KEYS, MORE, TITLES, difference_row, from_to, in_a_breath, in_words, names_of
 
 # %% ../nbs/56_distance.ipynb #785b0d37
 def controls(gathered:pd.DataFrame) -> list[tuple]:
@@ -27,8 +27,7 @@ def controls(gathered:pd.DataFrame) -> list[tuple]:
 def columns_of(measured:Results) -> list[str]:
     "The metrics of the table that `measured` has, ever further from home, attacks and other classes last."
     shifted = [f"shift_nll_{name}" for name in sets_of(measured.by_seed)]
-    names = ["ce_humans", "nll", *shifted, "fgsm_nll", "pgd_nll", "near_ood_auroc", "far_ood_auroc"]
-    return [name for name in names if name in measured.by_seed and measured.by_seed[name].notna().any(axis=None)]
+    return measured.having(["ce_humans", "nll", *shifted, "fgsm_nll", "pgd_nll", "near_ood_auroc", "far_ood_auroc"])
 
 THERE = ["published", "published_low", "published_high"]
 
@@ -143,9 +142,7 @@ def change(row, measured:Results) -> str:
     "The metric of a claim in `MAIN` in words, and its mean over pairs, of gold labels and of votes."
     metric, [[(soft, gold)]] = lookup(row.metric), MAIN
     pairs = measured.by_seed[row.metric][[gold, soft]].dropna().mean()
-    unit = dict(points="%", nats=" nats").get(metric.unit, "")
-    before, after = (metric.difference(pairs[cell], sign="") for cell in (gold, soft))
-    return f"{told(row.metric)} ({before} → {after}{unit})"
+    return f"{told(row.metric)} ({from_to(metric, pairs[gold], pairs[soft])})"
 
 def headline(ours:pd.DataFrame, measured:Results) -> str:
     """Does fine-tuning on votes help, at what? From what `claims.of_study` decided on `ASKED`; what changes most, in

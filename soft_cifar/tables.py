@@ -7,7 +7,7 @@ __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHE
            'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry', 'wide', 'markdown',
            'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard', 'with_verdicts', 'names_of',
            'against_hard', 'families_of', 'by_family', 'family_rows', 'family_values', 'pooled_row', 'between',
-           'amount', 'amounts', 'doubt', 'with_a_verdict', 'finding', 'change', 'in_a_breath', 'headline',
+           'amount', 'amounts', 'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'in_a_breath', 'headline',
            'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'family_table', 'between_table',
            'family_sentence', 'family_finding']
 
@@ -19,7 +19,7 @@ import numpy as np, pandas as pd, torch
 from .claims import (CELL, Results, average, decide, evidence, for_new_pool, from_runs, from_seeds,
                                image_parts, of_study, published, registry, results)
 from .checks import escape_html, escape_latex, escape_markdown
-from .metrics import METRICS, PRIMARY, lookup, shares
+from .metrics import METRICS, PRIMARY, Metric, lookup, shares
 from .stats import (Difference, RandomEffects, equivalence_p, minimum_detectable, nadeau_bengio_families,
                               own_variance, per_image, random_effects, shared_variance)
 
@@ -346,14 +346,17 @@ def finding(differences:pd.DataFrame) -> str:
     sentences.append(f"{promised.n.min()} pairs decide {decided} of {len(promised)} questions about soft labels.")
     return " ".join(sentences)
 
+def from_to(metric:Metric, before:float, after:float) -> str:
+    "Two values of `metric` with an arrow between them, and its unit."
+    unit = dict(points="%", nats=" nats").get(metric.unit, "")
+    return f"{metric.difference(before, sign='')} → {metric.difference(after, sign='')}{unit}"
+
 def change(gathered:pd.DataFrame, metric:str) -> str:
     """What `metric` is in words, and its mean with hard labels and with soft ones, over the cells that have both and the
     seeds that all of these have."""
     known, (softs, hards) = lookup(metric), zip(*pairs_of(gathered))
     paired = gathered.pivot(index="seed", columns=CELL, values=metric)[[*softs, *hards]].dropna()
-    hard, soft = (paired[[*side]].mean(axis=None) for side in (hards, softs))
-    unit = dict(points="%", nats=" nats").get(known.unit, "")
-    values = f"{known.difference(hard, sign='')} → {known.difference(soft, sign='')}{unit}"
+    values = from_to(known, *(paired[[*side]].mean(axis=None) for side in (hards, softs)))
     return f"{known.plain} ({known.title} {values})" if known.plain else f"{known.title} ({values})"
 
 TITLES = {   # verdict: what stands before the metrics that have it
