@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READABLE', 'FAR', 'MARKDOWN', 'LATEX_NAMES', 'LATEX', 'StudyError', 'InputError', 'DataError', 'brief', 'error_of',
-           'refused', 'one_of', 'boolean', 'number', 'shapes', 'this_file', 'checkout', 'project_path', 'carried',
-           'shown', 'one_line', 'escape_html', 'escape_markdown', 'escape_latex']
+           'refused', 'one_of', 'boolean', 'number', 'shapes', 'this_file', 'checkout', 'git', 'commit', 'project_path',
+           'carried', 'shown', 'one_line', 'escape_html', 'escape_markdown', 'escape_latex']
 
 # %% ../nbs/00_checks.ipynb #fdc17475
-import difflib, html, math, reprlib
+import difflib, html, math, reprlib, subprocess
 from pathlib import Path
 
 # %% ../nbs/00_checks.ipynb #ebe3a215
@@ -118,6 +118,20 @@ def checkout() -> Path|None:
     for folder in [here, *here.parents, *this_file().parents]:
         settings = folder / "settings.ini"
         if settings.is_file() and "lib_name = soft_cifar" in settings.read_text(): return folder
+
+def git(*arguments:str) -> str|None:
+    "What `git` prints in the project's folder; None where there is none around, or git is missing or fails."
+    root = checkout()
+    if not root: return None     # an installed package may be used from within another project's repository
+    try: done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError): return None
+    return done.stdout.strip()
+
+def commit() -> str|None:
+    "The commit of the checkout, with a `+` if notebooks or modules have changed since; None outside a checkout."
+    head = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "soft_cifar")
+    return f"{head}+" if head and changes else head
 
 def project_path(path="") -> Path:
     """`path` if absolute, else `path` below the project's root; below the current folder where there is no

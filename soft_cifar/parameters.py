@@ -338,6 +338,11 @@ class Checked:
         return cls.of({name: value for name, value in namespace.items()
                        if name[0] != "_" and name not in theirs and isinstance(value, plain)})
 
+    def as_json(self) -> dict:
+        "All parameters as JSON and papermill hold them: with lists for tuples."
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     def only(self, names) -> dict:
         "Those of the parameters that are among `names` and given."
         values = {name: getattr(self, name) for name in names}

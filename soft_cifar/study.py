@@ -7,30 +7,29 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
            'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
-           'state', 'status', 'cores', 'sharing_cores', 'host_of', 'sweep', 'standing', 'compare', 'make_in_kernel',
-           'run_notebook', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers', 'write_token',
-           'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of', 'pairing',
-           'row_of', 'gather', 'Predictions', 'caveats']
+           'state', 'status', 'sharing_cores', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers',
+           'workers', 'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute',
+           'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
-import contextlib, hashlib, itertools, json, logging, math
-import os, re, shutil, time, uuid
+import contextlib, itertools, json, logging, math
+import os, re, time, uuid
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 import dask, pandas as pd, psutil, torch, yaml
-from distributed import Client, LocalCluster, as_completed, get_worker
+from distributed import Client, LocalCluster, as_completed
 from distributed.comm.core import CommClosedError
 from tqdm import tqdm
 from . import data, models, runs
 from .checks import (
-    DataError, InputError, StudyError, boolean, brief, carried, number, one_of, project_path, shown)
-from .kernels import DeadKernelError, PapermillExecutionError, run_papermill
+    DataError, InputError, StudyError, boolean, brief, number, one_of, project_path, shown)
 from .parameters import Run
+from .worker import compare, cores, host_of, run_notebook, standing, sweep
 
 # %% ../nbs/41_study.ipynb #33af245a
 EXAMPLE = "a study is a YAML file such as runs/demo.yaml"
@@ -420,81 +419,11 @@ def status(study:Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "cell", "seed", "state", "error", "notebook"])
 
 # %% ../nbs/41_study.ipynb #e061e16d
-def cores() -> int:
-    "The cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 def sharing_cores(jobs:int) -> int|Fraction:
     """How many runs at a time share the cores of this machine: `jobs`, or more where OMP_NUM_THREADS gives a run less.
     That need not be a whole number: on 8 cores, runs of 3 threads are 8/3."""
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return max(jobs, Fraction(cores(), int(limit))) if limit.isdecimal() and int(limit) else jobs
-
-def host_of(address:str) -> str:
-    "The host of an address such as tcp://127.0.0.1:8786."
-    return address.split("://")[-1].rsplit(":", 1)[0]
-
-def sweep(run:Run) -> None:
-    """Remove what killed processes left beside the folder of a `run` that is done: checkpoint, half a folder,
-    notebooks. What a process of this machine is still writing stays."""
-    for left in run.folder.parent.glob(f"{run.folder.name}.*"):
-        owner = re.fullmatch(r"\.(\d+)\.(tmp|ipynb)", left.name.removeprefix(run.folder.name))
-        if owner and int(owner[1]) != os.getpid() and psutil.pid_exists(int(owner[1])): continue
-        if left.suffix == ".ipynb": left.unlink(missing_ok=True)
-        elif left.suffix in (".tmp", ".partial"): shutil.rmtree(left, ignore_errors=True)
-
-def standing(token:str) -> dict[str, str]:
-    """What has to be the same wherever runs of a study are made: version, commit and contents of the code, and
-    what the file `token` in the study's folder holds."""
-    code, made, seen = hashlib.sha256(), runs.provenance(), project_path(token)
-    modules = sorted(Path(runs.__file__).parent.rglob("*.py"))
-    for file in [*modules, carried("nbs/train.ipynb")]: code.update(file.read_bytes())
-    return dict(version=made["versions"]["soft_cifar"], commit=str(made["commit"]), code=code.hexdigest()[:12],
-                folder=seen.read_text() if seen.is_file() else "another")
-
-def compare(ours:dict[str, str], theirs:dict[str, str], who:str) -> None:
-    "Raise `StudyError` where a worker's `standing` differs from ours."
-    if theirs["folder"] != ours["folder"]:
-        raise StudyError(f"{who} sees other folders: a file written into the study's folder here is not there. "
-                         "Expected the same folders, and workers started in them")
-    other = [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]
-    if other: raise StudyError(f"{who} runs other code: {', '.join(other)}. Start it again with the code that is here")
-
-def make_in_kernel(run:Run, notebook:Path) -> str:
-    "Execute `nbs/train.ipynb` for `run` into the file `notebook`. Returns what went wrong, or an empty text."
-    parameters = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(run).items()}
-    for _ in range(3):
-        try:
-            notebook.parent.mkdir(parents=True, exist_ok=True)
-            run_papermill("train.ipynb", notebook, parameters)
-            os.replace(notebook, run.folder / "train.ipynb")     # now with its last cell executed, too
-            return ""
-        except DeadKernelError as error: failure = f"{error} (three times)"
-        except PapermillExecutionError as error: return f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
-        except Exception as error: return f"{type(error).__name__}: {error}"
-    return failure
-
-def run_notebook(run:Run, sharing:dict[str, int|Fraction], teachers:list[str],
-                 token:str="", ours:dict[str, str]|None=None) -> str:
-    """Make `run` on a Dask worker. `sharing` says by host how many runs share its cores, `teachers` what went
-    wrong with those made just before, `ours` with what `standing(token)` the worker has to agree. Returns what
-    went wrong, or an empty text."""
-    if any(teachers): return "one of its teachers failed"
-    worker = get_worker().address
-    if ours:
-        try: compare(ours, standing(token), f"the worker {worker}")
-        except StudyError as error: return str(error)
-    if run.folder.exists(): return ""     # Dask computes again what a worker had made that died
-    # a name of this worker's own: another study may be making the same run
-    notebook = run.folder.with_name(f"{run.folder.name}.{os.getpid()}.ipynb")
-    threads = str(max(1, cores() // sharing.get(host_of(worker), 1)))
-    os.environ |= dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, SOFT_CIFAR_NOTEBOOK=str(notebook))
-    failure = make_in_kernel(run, notebook)
-    if run.folder.exists():     # made here, or by somebody else meanwhile
-        sweep(run)
-        return ""
-    with contextlib.suppress(OSError): os.replace(notebook, notebook_of(run))
-    return failure
 
 # %% ../nbs/41_study.ipynb #0087e094
 @contextlib.contextmanager
@@ -602,7 +531,7 @@ def set_aside(run:Run) -> None:
 def tidy(states:dict[Run, tuple[str, str]], repair:bool) -> None:
     "Sweep up around runs that are done, and name those that are damaged; `repair` sets their folders aside."
     for run, (found, error) in states.items():
-        if found == "done": sweep(run)
+        if found == "done": sweep(run.folder)
     for run, (found, error) in states.items():
         if found != "damaged": continue
         print(f"damaged: {error}")
@@ -614,9 +543,10 @@ def submit(client, wanted:list[Run], sharing:dict, token:str, ours:dict|None) ->
     for n, run in enumerate(wanted):
         teachers = [made[folder] for folder in runs.parents(run) if folder in made]
         # a key of its own, since Dask gives an equal one the result that it already has; in the order given, if it can
-        task = client.submit(run_notebook, run, sharing, teachers, token, ours, pure=False, priority=-n,
+        folder = shown(run.folder)
+        task = client.submit(run_notebook, run.as_json(), folder, sharing, teachers, token, ours, pure=False, priority=-n,
                              key=f"{run.cell}/{run.folder.name}-{os.getpid()}-{begun}")
-        made[shown(run.folder)] = task
+        made[folder] = task
         tasks[task] = run
     return tasks
 

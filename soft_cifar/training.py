@@ -10,7 +10,6 @@ __all__ = ['learning_rate', 'epoch_seed', 'shuffled', 'batch', 'Progress', 'dura
 
 # %% ../nbs/31_training.ipynb #f2f5bbb8
 import contextlib, ctypes, functools, inspect, io, math, os, platform, time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 import torch
@@ -211,7 +210,7 @@ def sgd(classifier, run:Run) -> SGD:
 def identity(run:Run, train:ImageSet) -> dict:
     """What a checkpoint must share with a run to continue it: all parameters, the very images and votes, the code that
     trains, PyTorch's version, and the weights it started from."""
-    parameters = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(run).items()}
+    parameters = run.as_json()
     if run.init: parameters |= dict(started=runs.record(run.init)["weights"])
     return parameters | dict(fingerprint=train.fingerprint, torch=str(torch.__version__), code=code())
 

@@ -21,7 +21,7 @@ EXTRA = ["IPython", "ipykernel", "jupyterlab", "nbclient", "nbconvert", "papermi
          "pyarrow", "scipy", "matplotlib", "seaborn", "yaml", "tqdm", "torchmetrics"]
 # the modules that need them
 WITH_EXTRAS = {"adapters", "benchmark", "budget", "claims", "distance", "kernels", "peterson", "plots", "spending",
-               "stats", "study", "tables"}
+               "stats", "study", "tables", "worker"}
 
 # A Python that starts with this finds none of EXTRA.
 BLOCK = f"""

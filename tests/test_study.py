@@ -13,7 +13,7 @@ import torch
 from conftest import PATIENCE, ROOT, differences, kill, started, stopped, stopping, wait_for, watched
 from distributed import Client
 
-from soft_cifar import evaluation, runs, study
+from soft_cifar import evaluation, runs, study, worker
 
 SMALL = """
 shared: {preset: demo, depth: 8, schedule: one_cycle, epochs: 4,
@@ -88,10 +88,10 @@ def test_killed_kernel_and_killed_worker(undisturbed, tmp_path):
 
 def test_what_is_made_is_not_made_again(undisturbed, monkeypatch):
     "When a worker dies, Dask computes again what it had made; the run is there, and nothing is started or written."
-    monkeypatch.setattr(study, "make_in_kernel", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(worker, "make_in_kernel", lambda *_: pytest.fail("a kernel was started"))
     run, before = study.load(undisturbed).runs[0], sorted(undisturbed.parent.rglob("*"))
     with Client(n_workers=1, processes=False, dashboard_address=None) as client:
-        assert client.submit(study.run_notebook, run, {}, []).result() == ""
+        assert client.submit(worker.run_notebook, run.as_json(), str(run.folder), {}, []).result() == ""
     assert sorted(undisturbed.parent.rglob("*")) == before
 
 
