@@ -12,7 +12,7 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
-import contextlib, itertools, json, logging, math
+import contextlib, gc, itertools, json, logging, math
 import os, re, time, uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -437,6 +437,7 @@ def begun(make, *args, **kwargs):
     """`make(*args, **kwargs)`, a part of Dask. On a machine that stands still, Dask's own thread may not begin within
     the ten seconds that Dask gives it, which ends in a bare `AssertionError`: tried three times. Raises `StudyError`."""
     for _ in range(3):
+        gc.collect()     # a client that is given up and found by the collector while another begins stops both for ever
         with contextlib.suppress(AssertionError): return make(*args, **kwargs)
     raise StudyError("Dask's thread did not begin, three times within ten seconds: this machine has no time for it. "
                      "End what else runs here, and start the same command again: finished runs are kept")

@@ -1,6 +1,7 @@
 """What damage, misuse and accidents must not do: change a number in silence, or end in a traceback. Each case failed
 once."""
 import contextlib
+import gc
 import io
 import json
 import os
@@ -228,16 +229,28 @@ def test_a_scheduler_behind_tls(tmp_path):
     finally: stop(started)
 
 
+class Abandoned:
+    "As a client that was given up: the garbage collector finds it, and ending it takes Dask's lock."
+    def __init__(self, ended): self.itself, self.ended = self, ended
+    def __del__(self): self.ended.append(LoopRunner._lock.locked())
+
+
 def test_dask_on_a_machine_that_stands_still(monkeypatch):
-    "Its thread begins too late once, and work goes on; it never begins, and a sentence says so."
-    begin, calls = LoopRunner._start_unlocked, []
+    """Its thread begins too late once, and work goes on, also where there are clients that were given up; it never
+    begins, and a sentence says so."""
+    begin, calls, ended_under_lock = LoopRunner._start_unlocked, [], []
     def late_once(self):
         calls.append(self)
-        if len(calls) == 1: raise AssertionError
+        gc.collect()
+        if len(calls) == 1:
+            Abandoned(ended_under_lock)
+            raise AssertionError
         begin(self)
     monkeypatch.setattr(LoopRunner, "_start_unlocked", late_once)
+    Abandoned(ended_under_lock)
     with study.begun(Client, n_workers=1, processes=False, dashboard_address=None) as client:
         assert client.submit(max, 3, 5).result(60) == 5 and len(calls) > 1
+    assert ended_under_lock == [False, False], "one that ends there waits for ever"
     def never(self): raise AssertionError
     monkeypatch.setattr(LoopRunner, "_start_unlocked", never)
     assert "three times" in error_of(contextlib.ExitStack().enter_context, study.workers(1, None, 1))
