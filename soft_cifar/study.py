@@ -6,10 +6,10 @@
 __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QUIET', 'SHARED', 'marked', 'Loader', 'read',
            'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
-           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'notebook_of', 'meant', 'finished', 'last_error',
-           'state', 'status', 'sharing_cores', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers',
-           'workers', 'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute',
-           'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
+           'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'meant', 'finished', 'last_error', 'state',
+           'status', 'sharing_cores', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers',
+           'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of',
+           'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, gc, itertools, json, logging, math
@@ -29,7 +29,7 @@ from . import data, models, runs
 from .checks import (
     DataError, InputError, StudyError, boolean, brief, number, one_of, project_path, shown)
 from .parameters import Run
-from .worker import compare, cores, host_of, run_notebook, standing, sweep
+from .worker import compare, cores, host_of, notebook_of, run_notebook, standing, sweep
 
 # %% ../nbs/41_study.ipynb #33af245a
 EXAMPLE = "a study is a YAML file such as runs/demo.yaml"
@@ -360,10 +360,6 @@ def load(path, seeds:list[int]|None=None, only:str|None=None, within:tuple=()) -
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
 # %% ../nbs/41_study.ipynb #425effd5
-def notebook_of(run:Run) -> Path:
-    "Where `execute` leaves the notebook of a run that failed."
-    return run.folder.with_name(f"{run.folder.name}.ipynb")
-
 # parameters that may differ between the study file and a folder: they say where and how a run was made, not what it is
 ANYWHERE = {"device", "recorded", "data_root", "output"}
 
@@ -405,7 +401,7 @@ def state(run:Run) -> tuple[str, str]:
             if run.keep_weights: runs.weights(run.folder, record)
         except DataError as error: return "damaged", str(error)
         return "done", ""
-    error = last_error(notebook_of(run))
+    error = last_error(notebook_of(run.folder))
     return ("failed", error) if error else ("pending", "")
 
 def status(study:Study) -> pd.DataFrame:
@@ -413,7 +409,7 @@ def status(study:Study) -> pd.DataFrame:
     rows = []
     for run in study.runs:
         found, error = state(run)
-        notebooks = dict(done=run.folder / "train.ipynb", failed=notebook_of(run))
+        notebooks = dict(done=run.folder / "train.ipynb", failed=notebook_of(run.folder))
         notebook = shown(notebooks[found]) if found in notebooks else ""
         rows.append((study.models[run.cell], run.cell, run.seed, found, error, notebook))
     return pd.DataFrame(rows, columns=["model", "cell", "seed", "state", "error", "notebook"])
@@ -571,7 +567,7 @@ def follow(tasks:dict, bar, kernels:int, start:float) -> dict[Run, str]:
             failures[run] = failure
             of_fold = "" if run.fold is None else f" fold {run.fold}"
             bar.write(f"failed: {run.cell} seed {run.seed}{of_fold}: {failure}")
-            if notebook_of(run).exists(): bar.write(f"  {shown(notebook_of(run))}")
+            if notebook_of(run.folder).exists(): bar.write(f"  {shown(notebook_of(run.folder))}")
         bar.update()
         if n == 1 < len(tasks):
             spent = time.perf_counter() - start

@@ -311,7 +311,8 @@ def check_finite(row:dict, run:Run) -> None:
     "Raises `Diverged` if a loss in the `row` of an epoch is NaN or infinite."
     loss, validation_loss = row["train_loss"], row["validation_loss"]
     if not math.isfinite(loss + validation_loss): raise Diverged(
-        f"the loss is {loss:.4g} (validation {validation_loss:.4g}) in epoch {row['epoch']} at learning rate {row['lr']:.4g}: "
+        f"the loss is {loss:.4g} (validation {validation_loss:.4g}) in epoch {row['epoch']} "
+        f"at learning rate {row['lr']:.4g}: "
         f"try a smaller lr (now {run.lr}) or a longer warmup (now {run.warmup} epochs)")
 
 def measured_epoch(trainer:Trainer, epoch:int, validation_pixels:Tensor, targets:Tensor) -> dict:

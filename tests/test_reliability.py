@@ -105,7 +105,7 @@ ODD_NOTEBOOKS += [json.dumps(dict(cells=cells)).encode() for cells in ODD_CELLS]
 @pytest.mark.parametrize("content", ODD_NOTEBOOKS, ids=range(len(ODD_NOTEBOOKS)))
 def test_an_odd_notebook_is_no_failed_run(tmp_path, content):
     run = study.load(study_in(tmp_path)).runs[0]
-    notebook = study.notebook_of(run)
+    notebook = study.notebook_of(run.folder)
     notebook.parent.mkdir(parents=True)
     notebook.write_bytes(content)
     assert study.state(run) == ("pending", "")
