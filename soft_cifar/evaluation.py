@@ -16,6 +16,7 @@ from .data import ImageSet
 from .parameters import Run
 from .runs import rounded
 from .shift import Further
+from .temperature import fit_temperature, temper
 
 # %% ../nbs/32_evaluation.ipynb #88a3aa04
 def describe(found:dict[str, float]):
@@ -113,7 +114,7 @@ def attack_metrics(name:str, log_probs:Tensor, attacked:Tensor, labels:Tensor) -
 
 def scaled_metrics(log_probs:Tensor, labels:Tensor, counts:Tensor|None, temperature:float) -> dict[str, float]:
     "What `log_probs` [N,K] score at another `temperature`, fitted elsewhere."
-    scaled = extras.temper(log_probs, temperature)
+    scaled = temper(log_probs, temperature)
     found = dict(temperature=temperature, nll_scaled=metrics.nll(scaled, labels),
                  ece_scaled=metrics.ece(scaled, labels))
     if counts is None: return found
@@ -210,7 +211,7 @@ def evaluate(
 def temperature_of(kept:dict[str, Tensor]) -> float:
     "The temperature that suits the validation answers among the predictions `kept`."
     log_probs = kept["validation_log_probs"]
-    return extras.fit_temperature(log_probs, metrics.distribution(kept["validation_labels"], log_probs.shape[1]))
+    return fit_temperature(log_probs, metrics.distribution(kept["validation_labels"], log_probs.shape[1]))
 
 def measure(kept:dict[str, Tensor], posterior:Tensor|None=None) -> dict[str, float]:
     "All metrics from the predictions that `evaluate` keeps, and the exact posterior [N,K] where there is one."

@@ -527,8 +527,11 @@ METRICS = {metric.name: metric for metric in (
 
 PRIMARY = [name for name, metric in METRICS.items() if metric.primary]     # the order of METRICS is that of Table 1
 
-# what no run records, since it is the difference of two metrics that runs do record (`stats.per_image`)
+# what no run records, since its predictions, or the difference of two metrics, say it (`stats.per_image`)
 DERIVED = {metric.name: metric for metric in (
+    Metric("ce_humans_crossfit", "cross-entropy to people, scaled",
+           "ce_humans, each half of the test images at the temperature that suits the votes on the other half",
+           "nats, at least the entropy of the votes", "lower", "nats"),
     Metric("confidence_gap", "confidence, right less wrong", "confidence_right less confidence_wrong",
            "-1 to 1", "higher", smallest=.005),
     Metric("shift_nll_rise_<set>", "rise of log loss to <set>",

@@ -10,10 +10,11 @@ __all__ = ['Further', 'those_here', 'check_fits', 'check_labels', 'further', 'ch
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from . import extras, metrics
+from . import metrics
 from .checks import DataError, brief
 from .data import ImageSet, image_hashes, is_here, load
 from .parameters import Run
+from .temperature import temper
 
 # %% ../nbs/35_shift.ipynb #0d3c04ba
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def kept_of(name:str, log_probs:Tensor, labels:Tensor, temperature:float) -> dic
     "What a run keeps of its answers `log_probs` [N,K] to the images of the shift set `name` with `labels` [N]."
     def of_label(answers): return answers.gather(1, labels[:, None])[:, 0]
     top, chosen = log_probs.max(1)
-    kept = dict(label=of_label(log_probs), scaled=of_label(extras.temper(log_probs, temperature)), top=top,
+    kept = dict(label=of_label(log_probs), scaled=of_label(temper(log_probs, temperature)), top=top,
                 right=chosen == labels)
     return {f"shift_{name}_{what}": values for what, values in kept.items()}
 

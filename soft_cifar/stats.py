@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['possible_seed_counts', 'difference_error', 'Difference', 'paired', 'paired_differences', 'shared_covariance',
-           'crossed', 'calibration_values', 'auroc_values', 'among', 'per_image', 'vote_values', 'attack_values',
-           'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm', 'equivalence_p', 'minimum_detectable',
-           'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects', 'own_variance', 'shared_variance',
-           'check_families', 'nadeau_bengio_families']
+           'crossed', 'calibration_values', 'auroc_values', 'among', 'per_image', 'vote_values', 'cross_entropies',
+           'scaled_values', 'attack_values', 'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm',
+           'equivalence_p', 'minimum_detectable', 'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects',
+           'own_variance', 'shared_variance', 'check_families', 'nadeau_bengio_families']
 
 # %% ../nbs/50_stats.ipynb #c7d2cf2f
 import math
@@ -16,6 +16,7 @@ import numpy as np, scipy.optimize, scipy.stats, torch
 from torch import Tensor
 from . import metrics
 from .checks import InputError, number, shapes
+from .temperature import cross_fitted, fit_temperature, temper
 
 # %% ../nbs/50_stats.ipynb #bb092003
 def possible_seed_counts(mean:float, images:int=1500, decimals:int=3, most:int=5) -> list[int]:
@@ -146,6 +147,7 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     where_right, where_wrong = among(confidence, right), among(confidence, ~right)
     values |= dict(confidence_right=where_right, confidence_wrong=where_wrong, confidence_gap=where_right - where_wrong)
     if "counts" in kept: values |= vote_values(log_probs, kept["counts"])
+    if "validation_log_probs" in kept: values |= scaled_values(kept)
     for name in ("fgsm", "pgd"):
         if f"{name}_log_probs" in kept: values |= attack_values(name, kept[f"{name}_log_probs"].double(), labels, right)
     parts = {name: dict(index=x) for name, x in values.items()}
@@ -158,12 +160,25 @@ def vote_values(log_probs:Tensor, counts:Tensor) -> dict[str, Tensor]:
     "Values [N] of the metrics of `log_probs` [N,K] that need votes, `counts` [N,K]."
     people, (confidence, predicted) = metrics.shares(counts), log_probs.exp().max(1)
     agreed = people.gather(1, predicted[:, None])[:, 0]
-    cross_entropy = -torch.where(people > 0, people * log_probs, 0.).sum(1)     # 0 times -inf would be NaN
-    found = dict(kl_humans=(torch.xlogy(people, people) - people * log_probs).sum(1), ce_humans=cross_entropy,
-                 ece_votes=calibration_values(confidence, agreed, 15))
+    found = dict(kl_humans=(torch.xlogy(people, people) - people * log_probs).sum(1),
+                 ce_humans=cross_entropies(log_probs, people), ece_votes=calibration_values(confidence, agreed, 15))
     if counts.shape[1] < 3: return found
     said = metrics.second(log_probs) == metrics.second(counts)
     return found | dict(sba=among(said.double(), metrics.definite_second(counts)))
+
+def cross_entropies(log_probs:Tensor, people:Tensor) -> Tensor:
+    "Cross-entropy [N] of `log_probs` [N,K] to the distributions `people` [N,K]."
+    return -torch.where(people > 0, people * log_probs, 0.).sum(1)     # 0 times -inf would be NaN
+
+def scaled_values(kept:dict[str, Tensor]) -> dict[str, Tensor]:
+    "Values [N] of the metrics at a temperature of the run's own: as validation labels have it, or votes, cross-fitted."
+    log_probs, labels = kept["log_probs"].double(), kept["labels"]
+    validation = metrics.distribution(kept["validation_labels"], log_probs.shape[1])
+    scaled = temper(log_probs, fit_temperature(kept["validation_log_probs"], validation))
+    found = dict(nll_scaled=-scaled.gather(1, labels[:, None])[:, 0])
+    if "counts" not in kept or len(labels) < 2: return found
+    people = metrics.shares(kept["counts"])
+    return found | dict(ce_humans_crossfit=cross_entropies(cross_fitted(log_probs, people), people))
 
 def attack_values(name:str, after:Tensor, labels:Tensor, right:Tensor) -> dict[str, Tensor]:
     "Values [N] of the metrics of the attack `name`, from answers `after` it [N,K], `labels` and what was `right` [N]."
@@ -179,6 +194,7 @@ def shift_parts(kept:dict[str, Tensor], nll:Tensor) -> dict[str, dict[str, Tenso
         loss = -kept[f"shift_{name}_label"].double()
         values = dict(accuracy=right.double(), nll=loss, confidence_right=among(confidence, right),
                       confidence_wrong=among(confidence, ~right))
+        values["nll_scaled"] = -kept[f"shift_{name}_scaled"].double()
         found |= {f"shift_{metric}_{name}": {f"shift_{name}": x} for metric, x in values.items()}
         found[f"shift_nll_rise_{name}"] = {"index": loss.mean() - nll, f"shift_{name}": loss - nll.mean()}
     return found

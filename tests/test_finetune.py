@@ -293,6 +293,7 @@ def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
     assert "soft_minus_hard.csv" not in made, made
     page = (report / "index.html").read_text()
     assert "Ever further from home" in page and "From gold labels to votes" in page and "(0.35;" in page
+    assert "Is it softness?" in page
     judged = pd.read_csv(report / "claims.csv").set_index("claim")
     assert list(judged.index) == [claim.name for claim in peterson.CLAIMS]
     absent = judged.metric.str.contains("cifar10_1|imagenet_far")
@@ -300,7 +301,8 @@ def test_its_report_compares_with_gold_and_asks_other_claims(tmp_path):
 
     table = pd.read_csv(report / "from_gold.csv").set_index(["metric", "model", "labels"])
     cells = study.gather(asked).query("model == 'tuned'").pivot(index="seed", columns="labels")
-    for metric in ("ce_humans", "shift_nll_cinic10_imagenet", "pgd_nll", "far_ood_auroc"):
+    for metric in ("ce_humans", "shift_nll_cinic10_imagenet", "pgd_nll", "far_ood_auroc", "nll_scaled",
+                   "shift_nll_scaled_cinic10_imagenet"):
         difference = cells[metric].soft - cells[metric].gold
         soft, gold = (table.loc[(metric, "tuned", labels)] for labels in ("soft", "gold"))
         assert abs(soft.estimate - difference.mean()) < 1e-4 and soft.n == 2, (metric, soft, difference)
