@@ -529,9 +529,12 @@ PRIMARY = [name for name, metric in METRICS.items() if metric.primary]     # the
 
 # what no run records, since its predictions, or the difference of two metrics, say it (`stats.per_image`)
 DERIVED = {metric.name: metric for metric in (
-    Metric("ce_humans_crossfit", "cross-entropy to people, scaled",
-           "ce_humans, each half of the test images at the temperature that suits the votes on the other half",
+    Metric("kl_humans_crossfit", "KL to people, scaled",
+           "kl_humans, each half of the test images at the temperature that suits the votes on the other half",
+           "nats, from 0", "lower", "nats"),
+    Metric("ce_humans_crossfit", "cross-entropy to people, scaled", "ce_humans, at the same temperature",
            "nats, at least the entropy of the votes", "lower", "nats"),
+    Metric("ece_votes_crossfit", "ECE against votes, scaled", "ece_votes, at the same temperature", "0 to 1", "lower"),
     Metric("confidence_gap", "confidence, right less wrong", "confidence_right less confidence_wrong",
            "-1 to 1", "higher", smallest=.005),
     Metric("shift_nll_rise_<set>", "rise of log loss to <set>",

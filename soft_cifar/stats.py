@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['possible_seed_counts', 'difference_error', 'Difference', 'paired', 'paired_differences', 'shared_covariance',
-           'crossed', 'calibration_values', 'auroc_values', 'among', 'per_image', 'vote_values', 'cross_entropies',
-           'scaled_values', 'attack_values', 'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm',
-           'equivalence_p', 'minimum_detectable', 'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects',
-           'own_variance', 'shared_variance', 'check_families', 'nadeau_bengio_families']
+           'crossed', 'calibration_values', 'auroc_values', 'among', 'per_image', 'vote_values', 'scaled_values',
+           'attack_values', 'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm', 'equivalence_p',
+           'minimum_detectable', 'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects', 'own_variance',
+           'shared_variance', 'check_families', 'nadeau_bengio_families']
 
 # %% ../nbs/50_stats.ipynb #c7d2cf2f
 import math
@@ -160,15 +160,12 @@ def vote_values(log_probs:Tensor, counts:Tensor) -> dict[str, Tensor]:
     "Values [N] of the metrics of `log_probs` [N,K] that need votes, `counts` [N,K]."
     people, (confidence, predicted) = metrics.shares(counts), log_probs.exp().max(1)
     agreed = people.gather(1, predicted[:, None])[:, 0]
-    found = dict(kl_humans=(torch.xlogy(people, people) - people * log_probs).sum(1),
-                 ce_humans=cross_entropies(log_probs, people), ece_votes=calibration_values(confidence, agreed, 15))
+    cross_entropy = -torch.where(people > 0, people * log_probs, 0.).sum(1)     # 0 times -inf would be NaN
+    found = dict(kl_humans=(torch.xlogy(people, people) - people * log_probs).sum(1), ce_humans=cross_entropy,
+                 ece_votes=calibration_values(confidence, agreed, 15))
     if counts.shape[1] < 3: return found
     said = metrics.second(log_probs) == metrics.second(counts)
     return found | dict(sba=among(said.double(), metrics.definite_second(counts)))
-
-def cross_entropies(log_probs:Tensor, people:Tensor) -> Tensor:
-    "Cross-entropy [N] of `log_probs` [N,K] to the distributions `people` [N,K]."
-    return -torch.where(people > 0, people * log_probs, 0.).sum(1)     # 0 times -inf would be NaN
 
 def scaled_values(kept:dict[str, Tensor]) -> dict[str, Tensor]:
     "Values [N] of the metrics at a temperature of the run's own: as validation labels have it, or votes, cross-fitted."
@@ -177,8 +174,8 @@ def scaled_values(kept:dict[str, Tensor]) -> dict[str, Tensor]:
     scaled = temper(log_probs, fit_temperature(kept["validation_log_probs"], validation))
     found = dict(nll_scaled=-scaled.gather(1, labels[:, None])[:, 0])
     if "counts" not in kept or len(labels) < 2: return found
-    people = metrics.shares(kept["counts"])
-    return found | dict(ce_humans_crossfit=cross_entropies(cross_fitted(log_probs, people), people))
+    at_own = vote_values(cross_fitted(log_probs, metrics.shares(kept["counts"])), kept["counts"])
+    return found | {f"{name}_crossfit": at_own[name] for name in ("kl_humans", "ce_humans", "ece_votes")}
 
 def attack_values(name:str, after:Tensor, labels:Tensor, right:Tensor) -> dict[str, Tensor]:
     "Values [N] of the metrics of the attack `name`, from answers `after` it [N,K], `labels` and what was `right` [N]."
