@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['THERE', 'HEADS', 'DRAWN', 'ASKED', 'controls', 'columns_of', 'at_own_temperature', 'there', 'from_gold', 'head',
-           'entry', 'rows_of', 'growth', 'by_distance', 'told', 'change', 'headline']
+           'entry', 'rows_of', 'growth', 'by_distance', 'courses', 'by_iteration', 'told', 'change', 'headline']
 
 # %% ../nbs/56_distance.ipynb #781f3666
 import math, textwrap
+from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from .claims import CELL, Results
 from .metrics import DERIVED, lookup
 from .peterson import CLAIMS, MAIN, SETS, WAYS, fine_tuned, published, sets_of
 from .plots import MARKERS, colors_of
+from .stats import paired_differences
 from .tables import KEYS, MORE, TITLES, difference_row, from_to, in_a_breath, in_words, names_of
 
 # %% ../nbs/56_distance.ipynb #785b0d37
@@ -133,6 +135,46 @@ def by_distance(table:pd.DataFrame, ours:pd.DataFrame) -> Figure:
     ax.set_xticks(range(len(metrics)), [textwrap.fill(place, 11) for place in places])
     fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
     fig.suptitle(textwrap.fill(growth(ours), 48), fontsize=10)
+    return fig
+
+# %% ../nbs/56_distance.ipynb #c3b06560
+def courses(table:pd.DataFrame, predictions:Mapping) -> pd.DataFrame:
+    """Cross-entropy to the test labels before and after each step of PGD, a column per step and a row per run, by
+    (configuration, seed): of the control and the ways `DRAWN` among the rows of `from_gold`, from the `predictions` of
+    runs by (model, labels, mix, seed). Empty where no run has it, or with several controls."""
+    known = table.drop_duplicates("configuration").set_index(CELL)
+    known = known[known.estimate.isna() | known.index.isin(DRAWN, level="labels")]
+    if known.estimate.isna().sum() != 1: return pd.DataFrame()
+    rows = {}
+    for key in predictions:
+        *cell, seed = key
+        if tuple(cell) not in known.index: continue
+        kept = predictions[key]
+        if "pgd_path_nll" in kept: rows[known.configuration[tuple(cell)], seed] = kept["pgd_path_nll"].double().numpy()
+    return pd.DataFrame(rows).T
+
+def by_iteration(table:pd.DataFrame, found:pd.DataFrame) -> Figure:
+    "Cross-entropy under PGD by step, and less that of the control, from `from_gold` and the `courses` that were `found`."
+    control = table[table.estimate.isna()].configuration.iloc[0]
+    labels = table.drop_duplicates("configuration").set_index("configuration").labels
+    colors, steps = colors_of(labels[found.index.unique(0)]), found.columns
+    fig, (whole, less) = plt.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
+    lines = [name for name in found.index.unique(0) if name != control]
+    whole.plot(steps, found.loc[control].mean(), color="grey", marker=".", ls="--", label=control)
+    for i, name in enumerate(lines):
+        color, marker, runs = colors[labels[name]], MARKERS.get(labels[name], "8"), found.loc[name]
+        whole.plot(steps, runs.mean(), color=color, marker=marker, ms=5)
+        paired = runs.index.intersection(found.loc[control].index)
+        d = [paired_differences(runs.loc[paired, step], found.loc[control].loc[paired, step]) for step in steps]
+        means = [one.estimate for one in d]
+        less.errorbar(steps + .06 * (i - (len(lines) - 1) / 2), means, [one.estimate - one.low for one in d], label=name,
+                      color=color, marker=marker, capsize=3)
+    less.axhline(0, color="grey", lw=.8)
+    whole.set(ylabel="cross-entropy, nats", xlabel="steps of PGD", xticks=steps)
+    less.set(ylabel="less the control's", xlabel="steps of PGD", xticks=steps)
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
+    after = ", ".join(f"{labels[name]} {found.loc[name].mean().iloc[-1]:.2f}" for name in (control, *lines))
+    fig.suptitle(f"After {steps[-1]} steps, nats: {after}", fontsize=10)
     return fig
 
 # %% ../nbs/56_distance.ipynb #4edd93cf
