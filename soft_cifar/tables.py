@@ -202,11 +202,11 @@ def with_verdicts(table:pd.DataFrame, measured:Results, pairs) -> pd.DataFrame:
 # %% ../nbs/53_tables.ipynb #ec659cf8
 def names_of(cells) -> dict[tuple, str]:
     "Each of `cells` (model, labels, mix) by the words that tell it from the others."
-    cells = list(dict.fromkeys(cells))
-    def tells(i):     # whether two cells would share a name without word i
-        return len(cells) > len({(*cell[:i], *cell[i + 1:]) for cell in cells})
-    needed = [tells(i) for i in range(3)]
-    def name(cell): return ", ".join(word for word, n in zip(cell, needed) if n and word != "none")
+    cells, needed = list(dict.fromkeys(cells)), [0, 1, 2]
+    for i in range(3):     # a word goes where the others tell all cells apart, once what went before it is gone
+        rest = [k for k in needed if k != i]
+        if len({tuple(cell[k] for k in rest) for cell in cells}) == len(cells): needed = rest
+    def name(cell): return ", ".join(cell[k] for k in needed if cell[k] != "none")
     return {cell: name(cell) or cell[0] for cell in cells}
 
 def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
