@@ -237,10 +237,11 @@ def cases(image_set:ImageSet, log_probs:Tensor, labels:Tensor, order:Tensor, col
 BETTER, NEGLIGIBLE = "#e8f1e8", "#d9d9d9"     # of bands: the better side of zero; differences that do not matter
 
 def listed(names, most:int=3) -> str:
-    "The first `most` of `names` in words, and how many more there are."
+    "The first `most` of `names` in words, and how many more there are; between semicolons where a name has a comma."
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    comma = "; " if any("," in name for name in names[:most]) else ", "
+    return comma.join(names[:most]) + more
 
 def verdict_title(pooled) -> str:
     "The verdicts of the pooled rows of `tables.soft_minus_hard` in a sentence."

@@ -269,7 +269,7 @@ def reported(place, name, **changes):
     file, rng = place / "runs" / f"{name}.yaml", torch.Generator().manual_seed(0)
     file.parent.mkdir()
     given = yaml.safe_load((ROOT / "runs" / file.name).read_text())
-    for other in given["reuse"]: shutil.copy(ROOT / "runs" / f"{other}.yaml", file.parent)
+    for other in given.get("reuse", []): shutil.copy(ROOT / "runs" / f"{other}.yaml", file.parent)
     file.write_text(yaml.safe_dump(given | changes, sort_keys=False))
     asked = study.load(file)
     whole = {name: dict(fingerprint="made up", encoding="made up") for name in ("cifar10h", "svhn")}
