@@ -174,7 +174,7 @@ def by_iteration(table:pd.DataFrame, found:pd.DataFrame) -> Figure:
     less.set(ylabel="less the control's", xlabel="steps of PGD", xticks=steps)
     fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     after = ", ".join(f"{labels[name]} {found.loc[name].mean().iloc[-1]:.2f}" for name in (control, *lines))
-    fig.suptitle(f"After {steps[-1]} steps, nats: {after}", fontsize=10)
+    fig.suptitle(f"After {steps[-1]} steps of PGD, nats: {after}", fontsize=10)
     return fig
 
 # %% ../nbs/56_distance.ipynb #4edd93cf
