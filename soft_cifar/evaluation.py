@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['describe', 'predict', 'label_metrics', 'against_labels', 'against_votes', 'ood_metrics', 'attack_metrics',
-           'scaled_metrics', 'judged_by', 'features', 'attack', 'pgd_course', 'beyond', 'evaluate', 'temperature_of',
-           'measure']
+           'scaled_metrics', 'judged_by', 'features', 'attack', 'pgd_course', 'beyond', 'evaluate', 'measure']
 
 # %% ../nbs/32_evaluation.ipynb #6d71ff11
 import math
@@ -16,7 +15,7 @@ from .data import ImageSet
 from .parameters import Run
 from .runs import rounded
 from .shift import Further
-from .temperature import fit_temperature, temper
+from .temperature import temper, temperature_of
 
 # %% ../nbs/32_evaluation.ipynb #88a3aa04
 def describe(found:dict[str, float]):
@@ -207,11 +206,6 @@ def evaluate(
     kept |= beyond(classifier, further, temperature_of(kept), device)
     if further.unfamiliar: kept[f"unfamiliar_{ood.name}"] = kept["ood_score_max_logit"]
     return measure(kept, test.posterior), kept
-
-def temperature_of(kept:dict[str, Tensor]) -> float:
-    "The temperature that suits the validation answers among the predictions `kept`."
-    log_probs = kept["validation_log_probs"]
-    return fit_temperature(log_probs, metrics.distribution(kept["validation_labels"], log_probs.shape[1]))
 
 def measure(kept:dict[str, Tensor], posterior:Tensor|None=None) -> dict[str, float]:
     "All metrics from the predictions that `evaluate` keeps, and the exact posterior [N,K] where there is one."

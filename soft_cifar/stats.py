@@ -16,7 +16,7 @@ import numpy as np, scipy.optimize, scipy.stats, torch
 from torch import Tensor
 from . import metrics
 from .checks import InputError, number, shapes
-from .temperature import cross_fitted, fit_temperature, temper
+from .temperature import cross_fitted, temper, temperature_of
 
 # %% ../nbs/50_stats.ipynb #bb092003
 def possible_seed_counts(mean:float, images:int=1500, decimals:int=3, most:int=5) -> list[int]:
@@ -170,8 +170,7 @@ def vote_values(log_probs:Tensor, counts:Tensor) -> dict[str, Tensor]:
 def scaled_values(kept:dict[str, Tensor]) -> dict[str, Tensor]:
     "Values [N] of the metrics at a temperature of the run's own: as validation labels have it, or votes, cross-fitted."
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
-    validation = metrics.distribution(kept["validation_labels"], log_probs.shape[1])
-    scaled = temper(log_probs, fit_temperature(kept["validation_log_probs"], validation))
+    scaled = temper(log_probs, temperature_of(kept))
     found = dict(nll_scaled=-scaled.gather(1, labels[:, None])[:, 0])
     if "counts" not in kept or len(labels) < 2: return found
     at_own = vote_values(cross_fitted(log_probs, metrics.shares(kept["counts"])), kept["counts"])
