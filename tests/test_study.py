@@ -228,6 +228,8 @@ def test_a_report_comes_again_from_its_table(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "The runs are not at hand" in (page / "index.html").read_text()
     assert (page / "table1.csv").read_text() == (there / "table1.csv").read_text()
+    pd.testing.assert_frame_equal(*(pd.read_csv(folder / "against_all.csv") for folder in (page, there)))
+    assert "20 votes of an image are enough" in (page / "index.html").read_text()
 
 
 STUDIES = "primary", "grid", "paper"
