@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, differences, kill, started, stopped, stopping, wait_for, watched
