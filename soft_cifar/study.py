@@ -8,8 +8,8 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
            'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'meant', 'finished', 'last_error', 'state',
            'status', 'sharing_cores', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers',
-           'write_token', 'meeting', 'set_aside', 'tidy', 'submit', 'failure_of', 'follow', 'execute', 'origin_of',
-           'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
+           'write_token', 'meeting', 'set_aside', 'tidy', 'check_parents', 'submit', 'failure_of', 'follow', 'execute',
+           'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, gc, itertools, json, logging, math
@@ -534,6 +534,17 @@ def tidy(states:dict[Run, tuple[str, str]], repair:bool) -> None:
         print(f"damaged: {error}")
         if repair: set_aside(run)
 
+def check_parents(wanted:list[Run]) -> None:
+    """Raises `StudyError` where one of the `wanted` runs learns from a run that is neither among them nor there, whole
+    and with its weights."""
+    among = {shown(run.folder) for run in wanted}
+    learners = Counter(folder for run in wanted for folder in runs.parents(run) if folder not in among)
+    for folder, n in learners.items():
+        try: runs.weights(folder, runs.record(folder))
+        except DataError as error: raise StudyError(
+            f"{n} of the {len(wanted)} runs to do need the network of another run. {error}; --seeds and --only leave "
+            "runs out") from None
+
 def submit(client, wanted:list[Run], sharing:dict, token:str, ours:dict|None) -> dict:
     "Hand `wanted` to the workers of `client`. Returns the run of each future."
     made, tasks, begun = {}, {}, time.perf_counter()     # made: a teacher's future, by its folder
@@ -591,6 +602,7 @@ def execute(study:Study, jobs:int=1, scheduler:str|None=None, repair:bool=False)
     if counts["damaged"] and not repair: said += f"; {counts['damaged']} damaged (--repair makes them again)"
     print(said, flush=True)
     if not wanted: return {}
+    check_parents(wanted)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         client, sharing = stack.enter_context(workers(jobs, scheduler, len(wanted)))

@@ -336,6 +336,14 @@ def test_a_study_runs_them_as_notebooks(place, tmp_path):
     assert set(study.status(one).state) == {"done"}
 
 
+def test_committed_networks_hold_their_weights():
+    "What other studies start from is in the repository as a whole: its weights are no large files to be left out."
+    folders = [file.parent for file in (ROOT / "runs").glob("*/*/seed-*/metrics.json")]
+    kept = [folder for folder in folders if runs.record(folder)["parameters"].get("keep_weights")]
+    assert {folder.parts[-3] for folder in kept} >= {"pretrain"}, kept
+    for folder in kept: runs.weights(folder, runs.record(folder))
+
+
 def test_records_from_before_there_were_folds_still_count():
     "Committed runs know nothing of folds, starts or further sets, and are what their study files ask for."
     primary = study.load(ROOT / "runs" / "primary.yaml")

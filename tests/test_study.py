@@ -149,8 +149,8 @@ seeds: [0]
 
 
 def test_teachers_come_first(tmp_path):
-    """A taught run waits for its teacher and learns from it; it is not made where the teacher fails, nor where the
-    teacher's weights are gone."""
+    """A taught run waits for its teacher and learns from it; it is not made where the teacher fails. Where the teacher's
+    weights are gone, nothing is started."""
     file = study_in(tmp_path, SCHOOL)
     done = soft_cifar("study", file, "--jobs", 2)
     assert done.returncode == 1 and "one of its teachers failed" in done.stdout, done.stdout + done.stderr
@@ -163,7 +163,8 @@ def test_teachers_come_first(tmp_path):
     (first.folder / "weights.pt").unlink()
     shutil.rmtree(taught.folder)
     again = soft_cifar("study", file, "--only", "taught")
-    assert again.returncode == 1 and "holds no weights" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 1 and "1 of the 1 runs to do need the network of another run" in again.stderr, again.stderr
+    assert "holds no weights" in again.stderr and "workers on" not in again.stdout, again.stdout + again.stderr
 
 
 ONE = """
