@@ -6,7 +6,8 @@
 __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'MODELS', 'MIXED', 'MIXES', 'CLAIMS', 'published', 'Claim', 'average', 'each',
            'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results', 'by_image', 'positions',
            'results', 'values_of', 'from_seeds', 'image_parts', 'image_parts_of_seed', 'from_runs', 'for_new_pool',
-           'evidence', 'decide', 'named', 'cells_with', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study']
+           'evidence', 'decide', 'named', 'cells_with', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study',
+           'owners', 'left_to']
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
 import functools, math
@@ -342,4 +343,23 @@ def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:
     new_pool = verdicts(results, for_new_pool, claims)
     decided = rows.verdict.isin(["supported", "refuted", "no difference that matters"])
     rows.loc[decided & (rows.verdict != new_pool.verdict), "verdict"] += ", on these images"
+    return rows
+
+# %% ../nbs/52_claims.ipynb #0e44e69d
+def owners(gathered:pd.DataFrame, study:str, claims=CLAIMS) -> list[str]:
+    """For each of `claims` the studies from which `study` has borrowed all runs that bear on it, in a table as
+    `study.gather` gives it; empty where some are its own, or none bears."""
+    made_by, found = gathered.groupby(CELL).study.agg(set), []
+    for claim in claims:
+        compared = [contrast for group in claim.groups for contrast in group if {*made_by.index}.issuperset(contrast)]
+        studies = {name for contrast in compared for cell in contrast for name in made_by[cell]}
+        found.append("" if study in studies else ", ".join(sorted(studies)))
+    return found
+
+def left_to(rows:pd.DataFrame, owners:list[str]) -> pd.DataFrame:
+    "`of_study` without a verdict, and what it rests on, where `owners` names the studies that judge a claim."
+    borrowed, rows = np.array(owners) != "", rows.copy()
+    rows.loc[borrowed, ["estimate", "low", "high", "p", "detectable"]] = math.nan
+    rows.loc[borrowed, ["compared", "n"]] = 0
+    rows.loc[borrowed, "verdict"] = [f"judged in {name}" for name in owners if name]
     return rows

@@ -253,14 +253,14 @@ def verdict_title(pooled) -> str:
     parts = [f"{verdict.replace(', on', ' on')} in {listed(groups[verdict])}" for verdict in order]
     return "Soft labels: " + "; ".join(parts)
 
-def better_title(part, metric:str, most:int=3) -> str:
-    """How many rows of `metric` have an interval on the better side of hard labels, and which, `most` of them by name;
+def better_title(part, metric:str) -> str:
+    """How many rows of `metric` have an interval on the better side of hard labels, and which, some of them by name;
     where no side is better, how many have one without zero."""
     entry = lookup(metric)
     above, below = (part.low > 0).sum(), (part.high < 0).sum()
     if not entry.direction: return f"{entry.label}: {above + below} of {len(part)} intervals exclude zero"
     ahead = part[(part.low > 0) if entry.direction > 0 else (part.high < 0)]
-    named = f": {listed(ahead.configuration, most)}" if len(ahead) else ""
+    named = f": {listed(ahead.configuration)}" if len(ahead) else ""
     return f"{entry.label}: {len(ahead)} of {len(part)} intervals lie on the better side of hard labels{named}"
 
 def forest(differences) -> Figure:
