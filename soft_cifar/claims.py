@@ -349,9 +349,9 @@ def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:
 def owners(gathered:pd.DataFrame, study:str, claims=CLAIMS) -> list[str]:
     """For each of `claims` the studies from which `study` has borrowed all runs that bear on it, in a table as
     `study.gather` gives it; empty where some are its own, or none bears."""
-    made_by, found = gathered.groupby(CELL).study.agg(set), []
+    made_by, found = gathered.groupby(CELL).study.agg(set).to_dict(), []
     for claim in claims:
-        compared = [contrast for group in claim.groups for contrast in group if {*made_by.index}.issuperset(contrast)]
+        compared = [contrast for group in claim.groups for contrast in group if made_by.keys() >= set(contrast)]
         studies = {name for contrast in compared for cell in contrast for name in made_by[cell]}
         found.append("" if study in studies else ", ".join(sorted(studies)))
     return found

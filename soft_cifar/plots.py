@@ -25,7 +25,7 @@ from .claims import CELL, Results, results
 from .data import ImageSet
 from .metrics import lookup
 from .stats import paired_differences
-from .tables import ANOTHER, best_of, names_of
+from .tables import ANOTHER, best_of, names_of, on_the_better_side
 
 # %% ../nbs/51_plots.ipynb #86755098
 HUMAN, MODEL, OTHER, FAULT = sns.color_palette("colorblind")[:4]
@@ -259,7 +259,7 @@ def better_title(part, metric:str) -> str:
     entry = lookup(metric)
     above, below = (part.low > 0).sum(), (part.high < 0).sum()
     if not entry.direction: return f"{entry.label}: {above + below} of {len(part)} intervals exclude zero"
-    ahead = part[(part.low > 0) if entry.direction > 0 else (part.high < 0)]
+    ahead = on_the_better_side(part, entry)
     named = f": {listed(ahead.configuration)}" if len(ahead) else ""
     return f"{entry.label}: {len(ahead)} of {len(part)} intervals lie on the better side of hard labels{named}"
 

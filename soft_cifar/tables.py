@@ -7,9 +7,10 @@ __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHE
            'BETWEEN_WORDS', 'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry',
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
            'with_verdicts', 'names_of', 'against_hard', 'families_of', 'by_family', 'family_rows', 'family_values',
-           'pooled_row', 'between', 'extent', 'amount', 'amounts', 'ahead', 'doubt', 'with_a_verdict', 'finding',
-           'from_to', 'change', 'in_a_breath', 'headline', 'claim_sentences', 'readable', 'verdict_text',
-           'claims_beside', 'softness', 'family_table', 'between_table', 'family_sentence', 'family_finding']
+           'pooled_row', 'between', 'extent', 'amount', 'amounts', 'on_the_better_side', 'ahead', 'doubt',
+           'with_a_verdict', 'finding', 'from_to', 'change', 'in_a_breath', 'headline', 'claim_sentences', 'readable',
+           'verdict_text', 'claims_beside', 'softness', 'family_table', 'between_table', 'family_sentence',
+           'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -314,10 +315,14 @@ def amounts(differences:pd.DataFrame) -> str:
     pooled = differences[differences.configuration == "pooled"]
     return ", ".join(amount(row) for row in pooled.itertuples())
 
+def on_the_better_side(part:pd.DataFrame, metric:Metric) -> pd.DataFrame:
+    "The rows `part` of differences in `metric` whose interval lies on its better side of zero; none where neither is."
+    return part[(metric.direction * part.low > 0) & (metric.direction * part.high > 0)]
+
 def ahead(part:pd.DataFrame) -> str:
     "Which rows of one metric of `against_hard` have an interval on the better side, and by how much, most first."
     metric = lookup(part.metric.iloc[0])
-    better = part[part.low > 0] if metric.direction > 0 else part[part.high < 0]
+    better = on_the_better_side(part, metric)
     far_first = better.loc[(better.estimate * metric.direction).sort_values(ascending=False).index]
     found = [f"{row.configuration} ({extent(row)})" for row in far_first.itertuples()]
     return f"{metric.title}, {len(found)} of {len(part)}" + (f": {'; '.join(found)}" if found else "")
