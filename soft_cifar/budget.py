@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'JUDGED', 'STYLES', 'MEANS', 'EXTRA', 'Head', 'standardised', 'fit', 'tuned', 'bought', 'targets_of',
            'Pool', 'Outcome', 'judged', 'outcome', 'plan_of', 'grid', 'table', 'difference', 'same_spending', 'compare',
-           'how_much', 'spending', 'unsure', 'shared_out', 'plans', 'second_opinions']
+           'for_new_sample', 'how_much', 'spending', 'unsure', 'shared_out', 'plans', 'second_opinions']
 
 # %% ../nbs/45_budget.ipynb #5572181c
 import math
@@ -209,6 +209,12 @@ def compare(repeats, pools, pairs, metric:str) -> pd.DataFrame:
             better=dict(supported="first", refuted="second").get(verdict, verdict),
             detectable=stats.minimum_detectable(d, .05 / len(pairs))))
     return pd.DataFrame(rows)
+
+def for_new_sample(rows:pd.DataFrame, pairs, metric:str, test:int) -> list[stats.Difference]:
+    """For each of `pairs` of choices (images, votes, kind) first minus second in `metric` for a new sample of images
+    (`stats.nadeau_bengio`), from `rows` as `table` gives them, with `test` images and the smaller number for training."""
+    by_choice = {choice: part.set_index("seed")[metric] for choice, part in rows.groupby(["images", "votes", "kind"])}
+    return [stats.nadeau_bengio(by_choice[a], by_choice[b], test, min(a[0], b[0])) for a, b in pairs]
 
 def how_much(compared:pd.DataFrame) -> str:
     """How large the differences are in the rows `compared` of one metric, whichever way they point, and in how many the

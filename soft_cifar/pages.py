@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MOST', 'NO_WORDS', 'STYLE', 'SCRIPT', 'mathml', 'titles_in', 'plain', 'described', 'question',
-           'markdown_html', 'without_directives', 'exporter', 'body_of', 'Page', 'mend', 'slug', 'heading_text',
-           'contents', 'colours_of_code']
+           'markdown_html', 'without_directives', 'exporter', 'body_of', 'with_words', 'Page', 'mend', 'slug',
+           'heading_text', 'contents', 'colours_of_code']
 
 # %% ../nbs/54_pages.ipynb #5f118f8f
 import ast, functools, re
@@ -49,6 +49,7 @@ def plain(markdown:str) -> str:
     return one_line(re.sub(r"[`*>#|]|\$\$?", "", last))
 
 MOST = 300     # characters of an alternative text
+NO_WORDS = "No description has been provided for this image"     # nbconvert's, where it has none
 
 def described(notebook) -> None:
     "Give each figure of `notebook` that has none an alternative text: its title and the text above it."
@@ -102,7 +103,14 @@ def body_of(notebook, code:bool=True) -> str:
     "The cells of `notebook` as HTML, with their `code` or with outputs and text alone. Changes `notebook`."
     described(notebook)
     without_directives(notebook)
-    return exporter(code).from_notebook_node(notebook)[0]
+    return with_words(exporter(code).from_notebook_node(notebook)[0], notebook)
+
+def with_words(body:str, notebook) -> str:
+    "`body` with the alternative texts of the vector figures of `notebook`, which nbconvert leaves out."
+    figures = [output.metadata["image/svg+xml"]["alt"] for cell in notebook.cells for output in cell.get("outputs", [])
+               if "image/svg+xml" in output.get("data", {})]
+    words, begin = iter(figures), '<img alt="{}" src="data:image/svg'
+    return re.sub(re.escape(begin.format(NO_WORDS)), lambda _: begin.format(escape_html(next(words, NO_WORDS))), body)
 
 # %% ../nbs/54_pages.ipynb #e8ac69da
 @dataclass(frozen=True)
@@ -135,8 +143,6 @@ class Page:
                 f"<title>{escape_html(self.title)}</title><style>{STYLE}{colours_of_code()}</style>")
         return (f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{self.navigation}{listed}{soup}'
                 f"<script>{SCRIPT}</script></body></html>\n")
-
-NO_WORDS = "No description has been provided for this image"     # nbconvert's, where it has none
 
 def mend(soup) -> None:
     "Mend a parsed body in place: see above."

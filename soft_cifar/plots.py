@@ -270,11 +270,11 @@ def forest(differences) -> Figure:
     is better; none where neither is. Raises `InputError` for a metric that is not registered."""
     fig, columns = forest_panels(differences)
     pooled = differences[differences.configuration == "pooled"]
-    if len(pooled): title, meaning = verdict_title(pooled), "soft minus hard (green: soft is better)"
+    if len(pooled): title, meaning = verdict_title(pooled), "soft minus hard (green: soft is better; grey: what would not matter, and for a new sample)"
     else:
         last = differences.metric.iloc[-1]
         title = better_title(differences[differences.metric == last], last)
-        meaning = "minus hard labels (green: better than they)"
+        meaning = "minus hard labels (green: better than they; grey: what would not matter, and for a new sample of images)"
     fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
     fig.supxlabel(meaning, fontsize=9)
     return fig
@@ -371,12 +371,14 @@ def signed(row) -> str:
 # %% ../nbs/51_plots.ipynb #de91603d
 # The same on every page. A colour for each method, and for each label source where curves are sources:
 PLACES = {"basic": 0, "dropout": 1, "sngp": 2, "duq": 3, "dropout, no aug": 9,
-          "soft": 4, "votes": 4, "hard": 5, "ols": 6, "smooth": 7, "gold": 8}
+          "soft": 4, "votes": 4, "hard": 5, "ols": 6, "smooth": 7, "gold": 8, "class_mean": 0, "sampled": 1}
 # a marker for each label source; how full it is says how images were mixed
 MARKERS = dict(
     soft="o", hard="s", gold="D", votes="v", sampled="^", class_mean="<", smooth=">", disturb="p", bootstrap_soft="P",
     bootstrap_hard="X", ols="*", tf_kd="h", kd="d", off_ldl="$f$", off_en_ldl="$e$", off_mt_ldl="$m$", on_ldl="$F$",
-    on_en_ldl="$E$", on_mt_ldl="$M$")
+    on_en_ldl="$E$", on_mt_ldl="$M$", shuffled_votes="$\\leftrightarrow$", even="$=$", two_views="$2$",
+    bootstrap_through="$B$", ols_single="$1$", dynamic_bootstrap="$D$", pencil="$P$", meta_labels="$L$", reweight="$R$",
+    meta_weight_net="$W$", wsl="$w$", dawid_skene="$d$")
 FILLS = dict(none="full", mixup="left", cutmix="none", ricap="bottom")
 
 def colors_of(names) -> dict:
@@ -405,7 +407,7 @@ def words_of(figure:Figure) -> str:
 def best_title(measured:Results, metric:str, names:dict) -> str:
     "Which cell is significantly better in `metric` than each other one (`tables.best_of`), or that none is."
     best = best_of(measured, metric, measured.by_seed[metric].mean())
-    return f"{names[best]}: better than each other one" if best else "None is better than each other one"
+    return f"{names[best]}: better than each other one\n(each at p < .05, not corrected)" if best else "None is better than each other one"
 
 def tradeoff(gathered, measured:Results|None=None) -> Figure:
     """Accuracy against OOD detection and against the loss to FGSM: a point per cell, mean over seeds. A colour is a
@@ -441,9 +443,10 @@ def tradeoff_legend(cells:list, names:dict, colors:dict) -> list:
             *(mark(mix, fillstyle=FILLS[mix]) for mix in mixes if mix != "none")]
 
 # %% ../nbs/51_plots.ipynb #0984661d
-def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_humans")) -> Figure:
+def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_humans"), title:str="") -> Figure:
     """Metrics `names` against a numeric `parameter` of the runs, a curve per label source for which it varies: means
-    over seeds with 95% t intervals. All other cells are broken lines at their mean."""
+    over seeds with 95% t intervals. All other cells are broken lines at their mean. The `title` is `sweep_title`, or
+    another."""
     varies = [labels for labels, runs in gathered.groupby("labels", sort=False) if runs[parameter].nunique() > 1]
     moving = gathered.labels.isin(varies)
     colors, dashes = colors_of([*varies, *gathered[~moving].model.unique()]), ("--", ":", "-.")
@@ -462,7 +465,8 @@ def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_human
         ax.tick_params(labelsize=9)
         ax.set_xlabel(parameter)
         ax.set_title(lookup(name).label, fontsize=10)
-    fig.suptitle(sweep_title(gathered[gathered.labels == varies[0]], parameter, names), fontsize=10)
+    title = title or sweep_title(gathered[gathered.labels == varies[0]], parameter, names)
+    fig.suptitle(textwrap.fill(title, 36 * columns), fontsize=10)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return fig
 

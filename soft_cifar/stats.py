@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['possible_seed_counts', 'difference_error', 'Difference', 'paired', 'paired_differences', 'shared_covariance',
            'crossed', 'calibration_values', 'auroc_values', 'among', 'per_image', 'vote_values', 'scaled_values',
-           'attack_values', 'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm', 'equivalence_p',
+           'attacked', 'attack_values', 'shift_parts', 'unfamiliar_parts', 'nadeau_bengio', 'holm', 'equivalence_p',
            'minimum_detectable', 'RandomEffects', 'cochran_q', 'tau_squared', 'random_effects', 'own_variance',
            'shared_variance', 'check_families', 'nadeau_bengio_families']
 
@@ -148,8 +148,7 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     values |= dict(confidence_right=where_right, confidence_wrong=where_wrong, confidence_gap=where_right - where_wrong)
     if "counts" in kept: values |= vote_values(log_probs, kept["counts"])
     if "validation_log_probs" in kept: values |= scaled_values(kept)
-    for name in ("fgsm", "pgd"):
-        if f"{name}_log_probs" in kept: values |= attack_values(name, kept[f"{name}_log_probs"].double(), labels, right)
+    for name in attacked(kept): values |= attack_values(name, kept[f"{name}_log_probs"].double(), labels, right)
     parts = {name: dict(index=x) for name, x in values.items()}
     if "score_max_logit" in kept:
         x, ood_x = auroc_values(kept["score_max_logit"], kept["ood_score_max_logit"])
@@ -161,7 +160,7 @@ def vote_values(log_probs:Tensor, counts:Tensor) -> dict[str, Tensor]:
     people, (confidence, predicted) = metrics.shares(counts), log_probs.exp().max(1)
     agreed = people.gather(1, predicted[:, None])[:, 0]
     cross_entropy = -torch.where(people > 0, people * log_probs, 0.).sum(1)     # 0 times -inf would be NaN
-    found = dict(kl_humans=(torch.xlogy(people, people) - people * log_probs).sum(1), ce_humans=cross_entropy,
+    found = dict(kl_humans=torch.xlogy(people, people).sum(1) + cross_entropy, ce_humans=cross_entropy,
                  ece_votes=calibration_values(confidence, agreed, 15))
     if counts.shape[1] < 3: return found
     said = metrics.second(log_probs) == metrics.second(counts)
@@ -170,11 +169,22 @@ def vote_values(log_probs:Tensor, counts:Tensor) -> dict[str, Tensor]:
 def scaled_values(kept:dict[str, Tensor]) -> dict[str, Tensor]:
     "Values [N] of the metrics at a temperature of the run's own: as validation labels have it, or votes, cross-fitted."
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
-    scaled = temper(log_probs, temperature_of(kept))
-    found = dict(nll_scaled=-scaled.gather(1, labels[:, None])[:, 0])
+    own, wrong = temperature_of(kept), log_probs.argmax(1) != labels
+    scaled = temper(log_probs, own)
+    confidence = scaled.exp().amax(1)
+    where_wrong = among(confidence, wrong)
+    found = dict(nll_scaled=-scaled.gather(1, labels[:, None])[:, 0], confidence_wrong_scaled=where_wrong,
+                 confidence_gap_scaled=among(confidence, ~wrong) - where_wrong)
+    for name in attacked(kept):
+        after = temper(kept[f"{name}_log_probs"].double(), own)
+        found[f"{name}_nll_scaled"] = -after.gather(1, labels[:, None])[:, 0]
     if "counts" not in kept or len(labels) < 2: return found
     at_own = vote_values(cross_fitted(log_probs, metrics.shares(kept["counts"])), kept["counts"])
     return found | {f"{name}_crossfit": at_own[name] for name in ("kl_humans", "ce_humans", "ece_votes")}
+
+def attacked(kept:dict[str, Tensor]) -> list[str]:
+    "The attacks after which the predictions `kept` of a run have answers."
+    return [name for name in ("fgsm", "pgd") if f"{name}_log_probs" in kept]
 
 def attack_values(name:str, after:Tensor, labels:Tensor, right:Tensor) -> dict[str, Tensor]:
     "Values [N] of the metrics of the attack `name`, from answers `after` it [N,K], `labels` and what was `right` [N]."
@@ -239,6 +249,7 @@ def equivalence_p(difference:Difference, smallest:float) -> float:
     """The larger p of two one-sided tests that the true difference lies inside +- `smallest`. nan with one seed, or
     where `smallest` is nan: nobody said what matters. Raises `InputError` for `smallest` <= 0."""
     if smallest <= 0: raise InputError(f"smallest={smallest} is not usable: expected a difference > 0")
+    if math.isnan(smallest): return math.nan
     if difference.error == 0: return float(abs(difference.estimate) >= smallest)
     return float(scipy.stats.t.sf((smallest - abs(difference.estimate)) / difference.error, difference.freedom))
 
