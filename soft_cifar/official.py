@@ -17,9 +17,6 @@ from PIL import Image
 from torch import Tensor
 from .checks import DataError, shown
 
-try: import fcntl
-except ImportError: fcntl = None     # on Windows
-
 # %% ../nbs/01_official.ipynb #c60b1c19
 AGENT = "soft_cifar"     # some servers refuse the name that Python gives itself
 
@@ -47,6 +44,9 @@ def resumed(url:str, part:Path) -> None:
     if came < size: raise OSError(f"the connection ended after {came:,} of {size:,} bytes")
 
 # %% ../nbs/01_official.ipynb #305cd29b
+try: import fcntl
+except ImportError: fcntl = None     # on Windows
+
 def locked(path:Path):
     "The file `path`, open and locked; waits for whoever has it. A file system that has no locks lets everybody in."
     while True:
