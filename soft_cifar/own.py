@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'MOST_BYTES', 'SPLITS', 'FEWEST', 'STEPS', 'pr
            'resized', 'on_set', 'prepare', 'sizes_of', 'can_be_asked', 'study_of', 'write_study']
 
 # %% ../nbs/43_own.ipynb #d279a9c7
-import csv, difflib, io, re
+import csv, difflib, io, json, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
@@ -303,8 +303,9 @@ def can_be_asked(image_set:ImageSet) -> bool:
 
 def study_of(image_set:ImageSet, root=None) -> str:
     "The text of a study file that asks whether the votes of `image_set`, of the data root `root`, are worth it."
-    shared = dict(preset="demo", data=image_set.name, ood="oracle_ood") | sizes_of(len(image_set))
-    if root: shared["data_root"] = f'"{project_path(root).as_posix()}"'
+    # in quotes, or YAML takes a name for what it looks like: null, on, 123
+    shared = dict(preset="demo", data=json.dumps(image_set.name), ood="oracle_ood") | sizes_of(len(image_set))
+    if root: shared["data_root"] = json.dumps(project_path(root).as_posix())
     shared |= dict(depth=8, batch_size=32, epochs=16, milestones="[8, 12]")
     typical = int(image_set.counts.sum(1).median())
     curve = [f"  {k} vote{'s' if k > 1 else ''}: {{labels: votes, votes: {k}}}" for k in STEPS if k < typical]
