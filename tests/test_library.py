@@ -196,6 +196,25 @@ def test_a_study_and_its_report_from_an_empty_folder(installed, tmp_path):
     assert [record["commit"] for record in records] == [None, None], records
 
 
+def test_a_commit_is_that_of_the_code_that_runs(tmp_path):
+    "Within another checkout, whose notebooks and runs are meant, there is no commit: its code is not what runs."
+    (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    said = "from soft_cifar.checks import checkout, commit; print(checkout(), commit())"
+
+    def says(folder):
+        done = subprocess.run([sys.executable, "-c", said], cwd=folder, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+                              capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert says(tmp_path) == [str(tmp_path.resolve()), "None"], says(tmp_path)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode: return     # a copy without its history
+    assert says(ROOT / "nbs") == [str(ROOT), head.stdout.strip() + "+" * says(ROOT)[1].endswith("+")]
+
+
 def recipes():
     "The recipes of the lesson by the package that each needs, as code that defines `progress`."
     text = "\n".join(text for kind, text in cells_of("43_library") if kind == "markdown")
