@@ -69,7 +69,8 @@ def make_own(arguments, given:list[str]) -> None:
     print("by majority:" if voted else "by label:", ", ".join(some))
     if not voted: return print(f"without votes: papermill nbs/train.ipynb out.ipynb -p data {name} -p labels gold")
     if not own.can_be_asked(made): return print(
-        f"no study: it takes {own.FEWEST} images, and several votes on some of them")
+        f"no study: it takes {own.FEWEST} images, {own.FEWEST // 5} of them to test (in the official test split, if "
+        "there is one), and several votes on some of them")
     file = own.write_study(made, arguments.study, root)
     print(f"are the votes worth it?\n  soft-cifar study {shown(file)} --jobs 2\n  soft-cifar report {shown(file)}")
 
