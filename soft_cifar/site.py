@@ -290,8 +290,8 @@ def write_report(name:str) -> None:
 
 # %% ../nbs/70_site.ipynb #9f099f19
 def main(words) -> None:
-    """`python -m soft_cifar.site FOLDER` builds the site there; `readme`, `benchmark` and `budget` write these pages. What
-    stands in the way ends in its message and exit status 1."""
+    """`python -m soft_cifar.site FOLDER` builds the site there; `readme`, `benchmark` and `budget` write these pages.
+    What stands in the way ends in its message and exit status 1."""
     if words == ["readme"]: return write_readme()
     if len(words) == 1 and words[0] in MEASURED: return write_report(words[0])
     place = project_path(words[0] if words else "_site")
