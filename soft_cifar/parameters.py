@@ -10,7 +10,6 @@ __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'PLACE', 'SECTIONS', 'DEC
 
 # %% ../nbs/39_parameters.ipynb #0337f1ec
 import functools, hashlib, inspect, json, textwrap
-from collections.abc import Callable
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, get_args

@@ -26,8 +26,7 @@ from distributed import Client, LocalCluster, as_completed
 from distributed.comm.core import CommClosedError
 from tqdm import tqdm
 from . import data, models, runs
-from .checks import (
-    DataError, InputError, StudyError, boolean, brief, number, one_of, project_path, shown)
+from .checks import DataError, InputError, StudyError, boolean, brief, number, one_of, shown
 from .parameters import Run
 from .worker import compare, cores, host_of, notebook_of, run_notebook, standing, sweep
 
