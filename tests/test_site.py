@@ -108,13 +108,17 @@ def test_every_page_has_what_a_reader_needs(site):
 
 
 def test_reports_say_where_they_come_from(site):
+    "The numbers in files, other pages, and the command that compiles the report again."
     pages, _ = site
     for path, page in pages.items():
         if not path.startswith("report/"): continue
         assert page.select_one(".lead").get_text().strip(), f"{path} has no answer"
         links = [link["href"] for link in page.main.select("a[href]")]
         for what in (r"\.(csv|json)$", r"\.html$"): assert any(re.search(what, link) for link in links), (path, what)
-        assert page.main.find("code", string=re.compile("soft-cifar|make")) or page.main.find("pre"), path
+        name = path.split("/")[1]
+        commands = " ".join(element.get_text() for element in page.main.find_all(["code", "pre"]))
+        made_by = (f"soft-cifar report runs/{name}.yaml", f"make {name}")
+        assert any(command in commands for command in made_by), f"{path} names none of {made_by}"
 
 
 def test_formulas_are_whole(site):
