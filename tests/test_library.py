@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, copy_of_the_project
 
 import soft_cifar
+from soft_cifar import site
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -256,10 +257,14 @@ echo "found ${COMPREPLY[@]}"
 
 
 def test_what_a_repository_says_about_itself():
-    "The version stands in settings.ini, and CITATION.cff and CHANGELOG.md know it; a page shows no `skip_exec`."
+    """The version stands in settings.ini, and CITATION.cff and CHANGELOG.md know it; pyproject.toml says where the
+    project is; a page shows no `skip_exec`."""
     version = soft_cifar.__version__
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    urls = PROJECT["project"]["urls"]
+    assert (urls["Documentation"], urls["Source"]) == (site.address(), site.repository()), urls
+    assert f"repository-code: {urls['Source']}\n" in (ROOT / "CITATION.cff").read_text()
     for path in (ROOT / "nbs").glob("*.ipynb"):
         for kind, text in cells_of(path.stem):
             visible = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -272,4 +277,4 @@ def test_the_extras_hold_what_the_core_does_without():
     names = [re.match(r"[\w-]+", line)[0] for line in extras["study"] + extras["notebook"] if "soft_cifar" not in line]
     core = {re.match(r"[\w-]+", line)[0] for line in PROJECT["project"]["dependencies"]}
     assert len({*names}) == len(names) and not core & {*names}, (core, names)
-    assert core == {"torch", "torchvision", "numpy", "psutil"}, core
+    assert core == {"torch", "torchvision", "numpy", "pillow", "psutil"}, core
