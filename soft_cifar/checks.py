@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READABLE', 'FAR', 'MARKDOWN', 'LATEX_NAMES', 'LATEX', 'StudyError', 'InputError', 'DataError', 'brief', 'error_of',
-           'refused', 'one_of', 'boolean', 'number', 'shapes', 'this_file', 'checkout', 'git', 'commit', 'project_path',
-           'carried', 'shown', 'one_line', 'escape_html', 'escape_markdown', 'escape_latex']
+           'refused', 'one_of', 'boolean', 'number', 'shapes', 'this_file', 'is_ours', 'checkout', 'git', 'commit',
+           'expanded', 'project_path', 'carried', 'shown', 'one_line', 'escape_html', 'escape_markdown', 'escape_latex']
 
 # %% ../nbs/00_checks.ipynb #fdc17475
-import difflib, html, math, reprlib, subprocess
+import difflib, html, math, re, reprlib, subprocess
 from pathlib import Path
 
 # %% ../nbs/00_checks.ipynb #ebe3a215
@@ -112,17 +112,24 @@ def this_file() -> Path:
     "Where this module is; a notebook, which has no `__file__`, is where we are."
     return Path(globals().get("__file__", "")).resolve()
 
+def is_ours(settings:Path) -> bool:
+    "Whether the file `settings` is this project's `settings.ini`: other projects have such a file, too."
+    if not settings.is_file(): return False
+    text = settings.read_text(encoding="utf-8", errors="replace")     # theirs may be in any encoding
+    return re.search(r"^lib_name *= *soft_cifar *$", text, re.MULTILINE) is not None
+
 def checkout() -> Path|None:
     "The root of the project's checkout; None where there is none around."
     here = Path.cwd()
     for folder in [here, *here.parents, *this_file().parents]:
-        settings = folder / "settings.ini"
-        if settings.is_file() and "lib_name = soft_cifar" in settings.read_text(): return folder
+        if is_ours(folder / "settings.ini"): return folder
 
 def git(*arguments:str) -> str|None:
-    "What `git` prints in the project's folder; None where there is none around, or git is missing or fails."
+    """What `git` prints in the project's folder; None where there is none around, where this module is not the one in
+    it, or git is missing or fails."""
     root = checkout()
-    if not root: return None     # an installed package may be used from within another project's repository
+    # an installed package may be used from within another project's repository, or from a checkout in another state
+    if not root or this_file() != root / "soft_cifar" / "checks.py": return None
     try: done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError): return None
     return done.stdout.strip()
@@ -133,10 +140,17 @@ def commit() -> str|None:
     changes = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "soft_cifar")
     return f"{head}+" if head and changes else head
 
+def expanded(path) -> Path:
+    "`path`, with a home folder for a `~` or `~somebody` that it begins with. Raises `InputError` where there is none."
+    try: return Path(path).expanduser()
+    except RuntimeError: raise InputError(
+        f"the path {brief(str(path))} begins with the home folder of nobody who is known here: write it out, or begin "
+        "with ./ where a name begins with ~") from None
+
 def project_path(path="") -> Path:
     """`path` if absolute, else `path` below the project's root; below the current folder where there is no
-    project around."""
-    return (checkout() or Path.cwd()) / Path(path).expanduser()
+    project around. Raises `InputError` as `expanded`."""
+    return (checkout() or Path.cwd()) / expanded(path)
 
 def carried(path) -> Path:
     "A file of the project, such as `nbs/train.ipynb`: the checkout's, or the one that the installed package carries."

@@ -9,7 +9,7 @@ __all__ = ['CIFAR10', 'ARRAYS', 'VOTES_SHA256', 'CIFAR10N_SHA256', 'PINNED', 'CO
            'load_oracle', 'is_here', 'load', 'build', 'with_official_test', 'split', 'fold_split']
 
 # %% ../nbs/02_data.ipynb #00400e79
-import functools, hashlib, http.client, inspect, json, os, tempfile
+import contextlib, functools, hashlib, http.client, inspect, json, os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,13 +254,14 @@ def write_archive(image_set:ImageSet, root=None, **meta) -> Path:
     path = data_root(root) / f"{image_set.name}.npz"
     arrays = {name: array.numpy() for name, array in image_set.arrays().items()}
     text = json.dumps(meta_of(image_set, **meta))
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")     # with the rights that any file gets here
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez_compressed(file, meta=text, **arrays)
-        os.replace(file.name, path)
-    except OSError as error:
-        if "file" in locals(): Path(file.name).unlink(missing_ok=True)
+        with open(temporary, "wb") as file: np.savez_compressed(file, meta=text, **arrays)
+        os.replace(temporary, path)
+    except BaseException as error:     # an interruption, too
+        with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError): raise
         raise DataError(
             f"cannot write {shown(path)} ({error.strerror}): free some space, or name a folder you can write to with "
             "$SOFT_CIFAR_DATA") from None

@@ -33,7 +33,7 @@ def describe(found:dict[str, float]):
 @torch.no_grad()
 def predict(
     classifier,
-    pixels:Tensor,        # [N,3,32,32] in [0,1]
+    pixels:Tensor,        # [N,3,H,W] in [0,1]
     batch_size:int=500,
 ) -> tuple[Tensor, dict]: # log_probs [N,K], scores {name: [N]}
     "What `classifier`, in evaluation mode, answers for all of `pixels`."

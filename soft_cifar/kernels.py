@@ -23,4 +23,7 @@ def run_papermill(notebook:str, output:Path, parameters:dict):
         carried(f"nbs/{notebook}"), output, parameters, kernel_name="python3", progress_bar=False,
         cwd=project_path(), extra_arguments=["--IPKernelApp.log_level=50"])
     finally:
-        if output.is_file(): output.write_text(output.read_text().replace(f"{project_path()}{os.sep}", ""))
+        root = project_path()
+        # of the root of all files, every path starts there
+        if output.is_file() and root != root.parent:
+            output.write_text(output.read_text().replace(f"{root}{os.sep}", ""))

@@ -40,8 +40,9 @@ def distillation(
 
 # %% ../nbs/10_losses.ipynb #4625530e
 def reverse_cross_entropy(logits:torch.Tensor, targets:torch.Tensor, log_zero:float=-4.) -> torch.Tensor:
-    """Mean cross-entropy of `targets` [B,K] against the distribution `softmax(logits)` [B,K], with log 0 =
-    `log_zero`: a scalar, nats (Wang et al. 2019, eq. 6). Raises `InputError` when the shapes differ."""
+    """Mean cross-entropy of `targets` [B,K] against the distribution `softmax(logits)` [B,K]: a scalar, nats (Wang et
+    al. 2019, eq. 6). `log_zero` stands for log 0, and for the log of whatever target is below exp(`log_zero`), which
+    is .018 by default. Raises `InputError` when the shapes differ."""
     shapes(logits=(logits, "BK", "floating"), targets=(targets, "BK", "floating"))
     return -(logits.softmax(1) * targets.log().clamp(min=log_zero)).sum(1).mean()
 

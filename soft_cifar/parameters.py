@@ -10,7 +10,6 @@ __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'PLACE', 'SECTIONS', 'DEC
 
 # %% ../nbs/39_parameters.ipynb #0337f1ec
 import functools, hashlib, inspect, json, textwrap
-from collections.abc import Callable
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, get_args
@@ -111,7 +110,7 @@ class Experiment:
     train_size:optional(whole("images", 1)) = None
     validation_size:optional(whole("images", 1)) = None
     test_size:optional(whole("images", 3)) = None     # a picture of their features has two directions
-    ood_size:optional(whole("images", 1)) = None
+    ood_size:optional(whole("images", 2)) = None      # a spread over images takes two
     augment:flag("colour jitter, flip, rotation, crop") = True
     cutout:whole("side of the square that is hidden in each training image, pixels; 0: none", 0) = 0
     mix:word("whether images and labels are mixed", MIXES) = "none"
@@ -189,8 +188,15 @@ def computes_bfloat16(device:torch.device) -> bool:
 
 @functools.cache
 def buildable(method:str, **parameters) -> None:
-    "Raises the `InputError` of a classifier that cannot be made."
-    models.create(method, **parameters)
+    """Raises `InputError` for a classifier that cannot be made: where its constructor refuses a parameter, or PyTorch
+    has no memory or no number for its size."""
+    try: models.create(method, **parameters)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        listed = ", ".join(f"{name}={brief(value)}" for name, value in parameters.items())
+        reason = str(error).partition("\n")[0]     # PyTorch may add a whole stack
+        raise InputError(
+            f"a network of method={method!r}, {listed} cannot be made ({type(error).__name__}: {brief(reason)}): "
+            "choose smaller sizes") from error
 
 def digest(content:bytes) -> str:
     "sha256 of `content`, in hexadecimal."

@@ -9,11 +9,11 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'meant', 'finished', 'last_error', 'state',
            'status', 'sharing_cores', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers',
            'write_token', 'meeting', 'set_aside', 'tidy', 'check_parents', 'submit', 'failure_of', 'follow', 'execute',
-           'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'caveats']
+           'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'where_mixed', 'caveats']
 
 # %% ../nbs/41_study.ipynb #cad448b2
 import contextlib, gc, itertools, json, logging, math
-import os, re, time, uuid
+import os, platform, re, time, uuid
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
@@ -26,8 +26,7 @@ from distributed import Client, LocalCluster, as_completed
 from distributed.comm.core import CommClosedError
 from tqdm import tqdm
 from . import data, models, runs
-from .checks import (
-    DataError, InputError, StudyError, boolean, brief, number, one_of, project_path, shown)
+from .checks import DataError, InputError, StudyError, boolean, brief, number, one_of, shown
 from .parameters import Run
 from .worker import compare, cores, host_of, notebook_of, run_notebook, standing, sweep
 
@@ -488,13 +487,16 @@ def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):
         yield client, dict(threads)
 
 def write_token(folder:Path) -> Path:
-    """A new file in `folder` that says its own name; those of commands that were killed are removed. Raises
-    `DataError`."""
-    token = folder / f".{uuid.uuid4().hex}.{os.getpid()}.here"
+    """A new file in `folder` that says its own name, with the host and the process whose it is; those of commands of
+    this host that were killed are removed. Raises `DataError`."""
+    host = platform.node()
+    token = folder / f".{uuid.uuid4().hex}.{host}.{os.getpid()}.here"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.here"):
-            if not psutil.pid_exists(int(left.name.split(".")[-2])): left.unlink(missing_ok=True)
+            _, _, *named, owner, _ = left.name.split(".")     # a host's name may have dots
+            # a process of that number may live on another host, where nobody here can see it
+            if ".".join(named) == host and not psutil.pid_exists(int(owner)): left.unlink(missing_ok=True)
         token.write_text(token.name)
     except OSError as error:
         raise DataError(f"cannot write to {shown(folder)} ({error.strerror}): free some space, "
@@ -677,9 +679,15 @@ class Predictions(Mapping):
 SHARED = ("preset", "data", "data_fingerprint", "data_encoding", "ood", "ood_fingerprint", "ood_encoding", "train_size",
           "epochs", "test_labels", "version", "torch", "hardware", "threads", "number_format", "commit")
 
+def where_mixed(gathered:pd.DataFrame, column:str) -> str:
+    "In how many seeds runs of one seed, which are compared in pairs, differ in `column` of the table `gathered`."
+    kinds = gathered[column].astype(str).groupby(gathered.seed).nunique()
+    mixed = (kinds > 1).sum()
+    return f"in {mixed} of {len(kinds)} seeds, whose differences it bears on" if mixed else "never within a seed"
+
 def caveats(study:Study, gathered:pd.DataFrame) -> list[str]:
     """What a reader of a table of `gathered` has to know: cells that lack seeds, and runs that differ in what
-    they should share."""
+    they should share, with whether runs do that are compared."""
     sentences = [study.left_out] if study.left_out else []
     asked = pd.Series([run.cell for run in study.runs]).value_counts()
     there = gathered.cell.value_counts() if len(gathered) else {}
@@ -691,5 +699,5 @@ def caveats(study:Study, gathered:pd.DataFrame) -> list[str]:
         values = gathered[column].astype(str).value_counts()
         if len(values) > 1:
             listed = ", ".join(f"{value[:40]} ({n} runs)" for value, n in values.items())
-            sentences.append(f"Mixed {column}: {listed}")
+            sentences.append(f"Mixed {column}: {listed}; {where_mixed(gathered, column)}")
     return sentences

@@ -101,6 +101,20 @@ def test_what_has_seen_the_test_is_refused(place, start, tmp_path):
     refused(lambda: runs.check_unseen(run, [(darker, darker)]), "in another encoding")
 
 
+def test_what_a_teacher_has_seen_its_pupil_has_seen(place, start):
+    "A network taught on the oracle set by one that learnt from `mine` cannot start a run that is tested on `mine`."
+    taught_on_mine = Run(**TUNED | dict(epochs=1, train_size=70, test_size=30), data_root=str(place), output=str(place),
+                         study="teacher", keep_weights=True)
+    teacher = quietly(experiment.execute, taught_on_mine)
+    pupil = Run(**LEARNT | dict(labels="off_ldl"), teachers=[str(teacher)], output=str(place), study="pupil",
+                keep_weights=True)
+    pupil = quietly(experiment.execute, pupil)
+    assert set(runs.record(pupil)["trained_on"]) == {"oracle", "mine"}
+    assert torch.isin(runs.seen(teacher), runs.seen(pupil)).all()
+    experiment.prepare(tuned(place, start))
+    refused(lambda: experiment.prepare(tuned(place, str(pupil))), "of the 30 images of mine that this run is scored on")
+
+
 def test_a_shift_set_that_was_learnt_from_is_refused_and_others_are_scored(place, start):
     drawn = oracle.generate(80, seed=3)
     new = ImageSet("new", drawn["images"], drawn["labels"], classes=oracle.CLASSES)

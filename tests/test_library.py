@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, copy_of_the_project
 
 import soft_cifar
+from soft_cifar import site
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -196,6 +197,25 @@ def test_a_study_and_its_report_from_an_empty_folder(installed, tmp_path):
     assert [record["commit"] for record in records] == [None, None], records
 
 
+def test_a_commit_is_that_of_the_code_that_runs(tmp_path):
+    "Within another checkout, whose notebooks and runs are meant, there is no commit: its code is not what runs."
+    (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    said = "from soft_cifar.checks import checkout, commit; print(checkout(), commit())"
+
+    def says(folder):
+        done = subprocess.run([sys.executable, "-c", said], cwd=folder, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+                              capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert says(tmp_path) == [str(tmp_path.resolve()), "None"], says(tmp_path)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode: return     # a copy without its history
+    assert says(ROOT / "nbs") == [str(ROOT), head.stdout.strip() + "+" * says(ROOT)[1].endswith("+")]
+
+
 def recipes():
     "The recipes of the lesson by the package that each needs, as code that defines `progress`."
     text = "\n".join(text for kind, text in cells_of("43_library") if kind == "markdown")
@@ -237,10 +257,14 @@ echo "found ${COMPREPLY[@]}"
 
 
 def test_what_a_repository_says_about_itself():
-    "The version stands in settings.ini, and CITATION.cff and CHANGELOG.md know it; a page shows no `skip_exec`."
+    """The version stands in settings.ini, and CITATION.cff and CHANGELOG.md know it; pyproject.toml says where the
+    project is; a page shows no `skip_exec`."""
     version = soft_cifar.__version__
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    urls = PROJECT["project"]["urls"]
+    assert (urls["Documentation"], urls["Source"]) == (site.address(), site.repository()), urls
+    assert f"repository-code: {urls['Source']}\n" in (ROOT / "CITATION.cff").read_text()
     for path in (ROOT / "nbs").glob("*.ipynb"):
         for kind, text in cells_of(path.stem):
             visible = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -253,4 +277,4 @@ def test_the_extras_hold_what_the_core_does_without():
     names = [re.match(r"[\w-]+", line)[0] for line in extras["study"] + extras["notebook"] if "soft_cifar" not in line]
     core = {re.match(r"[\w-]+", line)[0] for line in PROJECT["project"]["dependencies"]}
     assert len({*names}) == len(names) and not core & {*names}, (core, names)
-    assert core == {"torch", "torchvision", "numpy", "psutil"}, core
+    assert core == {"torch", "torchvision", "numpy", "pillow", "psutil"}, core

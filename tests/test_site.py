@@ -11,6 +11,8 @@ from urllib.parse import unquote
 import pytest
 from conftest import ROOT
 
+from soft_cifar.site import check_place
+
 pytest.importorskip("latex2mathml", reason="the site needs latex2mathml: pip install -e '.[dev]'")
 bs4 = pytest.importorskip("bs4", reason="the site needs nbconvert: pip install -e '.[dev]'")
 
@@ -45,6 +47,21 @@ def test_every_lesson_and_report_is_there(site):
     lessons = {f"nbs/{path.stem}.html" for path in NOTEBOOKS if path.stem != "index"}
     reports = {path.relative_to(ROOT).as_posix() for path in (ROOT / "report").glob("*/index.html")}
     assert set(pages) == {"index.html", "guide.html"} | lessons | reports
+
+
+@pytest.mark.parametrize("there", ["a folder with a file", "a file"])
+def test_what_is_no_site_is_not_removed(tmp_path, there):
+    "A folder that somebody names by mistake stays as it is; one that is empty, or a site, makes room."
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    place = tmp_path if there == "a folder with a file" else file
+    command = [sys.executable, "-m", "soft_cifar.site", place]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "is no site that was built before" in done.stderr, done
+    assert "Traceback" not in done.stderr and file.read_text() == "mine", done
+    for name in ("empty", "site"): (tmp_path / name).mkdir()
+    (tmp_path / "site" / ".nojekyll").touch()
+    for name in ("empty", "site", "free"): check_place(tmp_path / name)
 
 
 def test_no_link_leads_nowhere(site):
@@ -91,13 +108,17 @@ def test_every_page_has_what_a_reader_needs(site):
 
 
 def test_reports_say_where_they_come_from(site):
+    "The numbers in files, other pages, and the command that compiles the report again."
     pages, _ = site
     for path, page in pages.items():
         if not path.startswith("report/"): continue
         assert page.select_one(".lead").get_text().strip(), f"{path} has no answer"
         links = [link["href"] for link in page.main.select("a[href]")]
         for what in (r"\.(csv|json)$", r"\.html$"): assert any(re.search(what, link) for link in links), (path, what)
-        assert page.main.find("code", string=re.compile("soft-cifar|make")) or page.main.find("pre"), path
+        name = path.split("/")[1]
+        commands = " ".join(element.get_text() for element in page.main.find_all(["code", "pre"]))
+        made_by = (f"soft-cifar report runs/{name}.yaml", f"make {name}")
+        assert any(command in commands for command in made_by), f"{path} names none of {made_by}"
 
 
 def test_formulas_are_whole(site):

@@ -6,8 +6,7 @@
 __all__ = ['DEPTH', 'WIDTH', 'conv_bn', 'Block', 'per_stage', 'stages', 'ResNet']
 
 # %% ../../nbs/20_resnet.ipynb #94ac1ca3
-import torch
-from torch import Tensor, nn
+from torch import nn
 from ..arguments import checked, whole
 from ..backbone import Backbone, he_init
 from ..checks import InputError

@@ -6,7 +6,6 @@
 __all__ = ['ResNeXt']
 
 # %% ../../nbs/20_resnext.ipynb #2f5bbcd7
-from functools import partial
 from torch import nn
 from ..arguments import checked, whole
 from ..backbone import Backbone, he_init

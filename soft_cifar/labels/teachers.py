@@ -21,7 +21,7 @@ from ..losses import distillation
 # %% ../../nbs/06_teachers.ipynb #69c7c5a9
 @torch.no_grad()
 def answer(teachers, x:Tensor) -> Tensor:
-    "The mean of the teachers' distributions, log-probabilities [B,K], for images `x` [B,3,32,32]."
+    "The mean of the teachers' distributions, log-probabilities [B,K], for images `x` [B,3,H,W]."
     return torch.stack([teacher.log_probs(x) for teacher in teachers]).logsumexp(0) - math.log(len(teachers))
 
 def device_of(teacher) -> torch.device:

@@ -9,7 +9,7 @@ __all__ = ['LOWEST', 'HIGHEST', 'wrap', 'NoisyFeatures', 'HetHead', 'Het']
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ..arguments import checked, real, whole
+from ..arguments import checked, whole
 from ..backbone import Backbone
 from ..classifier import Classifier, softmax_scores
 from .dropout import mean_probs, mutual_information
