@@ -241,10 +241,10 @@ def spending(rows:pd.DataFrame, metric:str="kl_humans", title:str="") -> Figure:
         for kind in kinds:
             line = means.loc[n, kind]
             ax.plot(line.spent, line[metric], color=color, marker="o", ms=4, lw=1.2, **STYLES[kind])
-        ax.annotate(f"{n:,}", (line.spent.iloc[-1], line[metric].iloc[-1]), (5, 0), textcoords="offset points",
+        ax.annotate(f"{n:,} images", (line.spent.iloc[-1], line[metric].iloc[-1]), (5, 0), textcoords="offset points",
                     color=color, va="center", fontsize=9)
     ax.set_xscale("log")
-    ax.set_xlim(right=2 * means.spent.max())     # room for the number at the end of a line
+    ax.set_xlim(right=4 * means.spent.max())     # room for the words at the end of a line
     ax.set_xlabel("votes spent, images times votes")
     ax.set_ylabel(metrics.lookup(metric).label)
     if len(kinds) > 1:

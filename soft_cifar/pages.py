@@ -223,6 +223,7 @@ img, svg { max-width: 100%; height: auto }
 img { background: #fff; border-radius: 4px }
 math[display=block] { overflow-x: auto; overflow-y: hidden; max-width: 100%; margin: .8rem 0; padding: .5rem 0 }
 .scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 4px }
+td:first-child { min-width: 7rem }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: 100% }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
 tbody tr:last-child > * { border-bottom: 0 }

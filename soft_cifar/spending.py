@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'COMPARED', 'BETTER', 'OPEN', 'ENOUGH', 'COSTLY', 'COSTS', 'WORSE', 'purchases', 'alternatives',
-           'at_same_cost', 'differs', 'rows_of', 'findings', 'headline', 'compared', 'counted', 'by_spending',
-           'beside_all', 'against_all', 'beside', 'enough', 'needed', 'count', 'beside_rows']
+           'at_same_cost', 'differs', 'rows_of', 'on_average', 'findings', 'missed', 'headline', 'compared', 'counted',
+           'by_spending', 'beside_all', 'against_all', 'beside', 'enough', 'needed', 'count', 'beside_rows']
 
 # %% ../nbs/57_spending.ipynb #c33a2285
 import itertools
@@ -74,9 +74,28 @@ def rows_of(found:pd.DataFrame) -> list[list[str]]:
     return rows
 
 # %% ../nbs/57_spending.ipynb #fb7c7158
-def findings(found:pd.DataFrame) -> list[str]:
-    "For each metric of `at_same_cost` that could be compared what is better, in how many pairs, and by how much."
-    return [f"{counted(part)} ({budget.how_much(part)})" for part in compared(found)]
+def on_average(gathered:pd.DataFrame, measured:Results) -> pd.DataFrame:
+    """The mean over all pairs of `alternatives` in a table as `study.gather` gives it: more images less more votes, a row
+    per metric of `COMPARED`, columns as of `tables.difference_row`. Exploratory: no verdict."""
+    pairs = tuple(alternatives(purchases(gathered)))
+    rows = [row for metric in COMPARED if pairs for row in difference_row(measured, metric, "mean", pairs)]
+    return pd.DataFrame(rows, columns=[*KEYS, *MORE])
+
+def findings(found:pd.DataFrame, means:pd.DataFrame) -> list[str]:
+    """For each metric of `at_same_cost` that could be compared what is better, in how many pairs, and by how much; what
+    is likely to be missed; and what the `means` of `on_average` say."""
+    known = {row.metric: row for row in means.itertuples() if row.n > 1}
+    def on_the_whole(metric): return f"; on average {extent(known[metric])}, exploratory" if metric in known else ""
+    return [f"{counted(part)} ({budget.how_much(part)}{missed(part)}){on_the_whole(part.metric.iloc[0])}"
+            for part in compared(found)]
+
+def missed(part:pd.DataFrame) -> str:
+    "From what size on the pairs of one metric that are undecided would have been decided, four times out of five."
+    open_ = part[part.better == "undecided"]
+    if not len(open_): return ""
+    metric = lookup(part.metric.iloc[0])
+    least, most = (metric.difference(x, sign="") for x in (open_.detectable.min(), open_.detectable.max()))
+    return f"; the design sees them from {least} to {most} {metric.unit} on, by the pair"
 
 def headline(found:pd.DataFrame) -> str:
     "The title of a figure: what `findings` say of the first metric, without sizes; empty where there is none."

@@ -120,18 +120,20 @@ def entry(row:pd.Series, style:str) -> str:
     return f"{marked} [{digits(row.published)}{z}]"
 
 def wide(table:pd.DataFrame, style:str) -> list[list[str]]:
-    """`table1` as rows of text, the header first: in `style` md, tex or html. (latex: packages xcolor and booktabs.) The
+    """`table1` as rows of text, the header first: in `style` md, tex or html. (latex: packages xcolor and booktabs.) Labels,
     mix and the number of seeds have a column where they vary."""
     there = [metric for metric in METRICS if metric in set(table.metric)]
     titles = [lookup(metric).column for metric in there]
     if style == "tex": titles = [title.replace("%", r"\%") for title in titles]
-    mixed, uneven = not set(table.mix) <= {"none", ""}, table.seeds[table.seeds > 0].nunique() > 1
-    rows = [["Model", "Labels", *["Mix"] * mixed, *["Seeds"] * uneven, *titles]]
+    trained = table[table.seeds > 0]
+    mixed, uneven = set(trained.mix) != {"none"}, trained.seeds.nunique() > 1
+    named = ["model", *["labels"] * (trained.labels.nunique() > 1), *["mix"] * mixed]
+    rows = [[*(word.title() for word in named), *["Seeds"] * uneven, *titles]]
     for cell, part in table.groupby(CELL, sort=False):
         texts = {row.metric: entry(row, style) for _, row in part.iterrows()}
-        names, seeds = [*map(ESCAPES[style], cell)], str(part.seeds.max() or "")
+        names, seeds = dict(zip(CELL, map(ESCAPES[style], cell))), str(part.seeds.max() or "")
         values = [texts.get(metric, "–") for metric in there]
-        rows.append([*names[:2 + mixed], *[seeds] * uneven, *values])
+        rows.append([*(names[word] for word in named), *[seeds] * uneven, *values])
     return rows
 
 def markdown(rows) -> str:
