@@ -398,7 +398,7 @@ BY_DOUBT = "better, by doubt"
 TITLES = {   # verdict: what stands before the metrics that have it
     "better": "better",
     "better, on these images": "better on these images, open for a new sample of such images",
-    BY_DOUBT: "better, but not once each network has its own temperature",
+    BY_DOUBT: "better, but not seen to be once each network has its own temperature",
     "worse": "worse",
     "worse, on these images": "worse on these images, open for a new sample of such images",
     "no difference that matters": "no difference that matters",
@@ -417,7 +417,7 @@ def in_a_breath(said:dict[str, list[str]], change:str) -> str:
     """Do other labels help, at what? From what is `said` in words of each verdict in `TITLES`; `change` says from which
     labels to which."""
     helps, harms = (any(said[f"{side}{where}"] for where in ("", ", on these images")) for side in ("better", "worse"))
-    otherwise = "No more than a temperature does" if said[BY_DOUBT] else "Undecided"
+    otherwise = "Not seen beyond what a temperature brings" if said[BY_DOUBT] else "Undecided"
     word = {(True, True): "Yes and no", (True, False): "Yes", (False, True): "No"}.get((helps, harms), otherwise)
     parts = [f"- **{title}**: {', '.join(said[verdict])}" for verdict, title in TITLES.items() if said[verdict]]
     return "\n".join([f"**{word}.** {change}:\n", *parts])
