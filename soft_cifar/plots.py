@@ -466,7 +466,7 @@ def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_human
         ax.set_xlabel(parameter)
         ax.set_title(lookup(name).label, fontsize=10)
     title = title or sweep_title(gathered[gathered.labels == varies[0]], parameter, names)
-    fig.suptitle(textwrap.fill(title, 36 * columns), fontsize=10)
+    fig.suptitle(textwrap.fill(title, 28 * columns), fontsize=10)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return fig
 
