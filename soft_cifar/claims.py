@@ -7,7 +7,7 @@ __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'MODELS', 'MIXED', 'MIXES', 'CLAIMS', 
            'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results', 'by_image', 'positions',
            'results', 'values_of', 'from_seeds', 'by_unit', 'from_units', 'image_parts', 'image_parts_of_seed',
            'mean_parts', 'from_runs', 'for_new_pool', 'own_temperature', 'evidence', 'decide', 'named', 'cells_with',
-           'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study', 'owners', 'left_to']
+           'contrasts_in', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study', 'owners', 'left_to']
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
 import functools, math
@@ -326,11 +326,14 @@ def cells_with(table, metric:str) -> set:
         return set(values.columns[np.isfinite(values).any()])
     return set(table.index) if metric in table else set()
 
-def groups_in(table, estimate:Callable, claim:Claim) -> list[tuple]:
-    "The groups of `claim`, each as (the contrasts whose cells `table` has, their `Difference`)."
+def contrasts_in(table, claim:Claim) -> list[tuple]:
+    "The groups of `claim`, each with the contrasts whose cells `table` has."
     cells = cells_with(table, claim.metric)
-    groups = [tuple(contrast for contrast in group if cells.issuperset(contrast)) for group in claim.groups]
-    return [(group, d) for group in groups if (d := estimate(table, claim.metric, group))]
+    return [tuple(contrast for contrast in group if cells.issuperset(contrast)) for group in claim.groups]
+
+def groups_in(table, estimate:Callable, claim:Claim) -> list[tuple]:
+    "The groups of `claim`, each as (its `contrasts_in` the table, their `Difference`)."
+    return [(group, d) for group in contrasts_in(table, claim) if (d := estimate(table, claim.metric, group))]
 
 def untested(claim:Claim, groups) -> dict:
     "The row of a claim before its verdict, with what `groups_in` says."
@@ -375,8 +378,8 @@ def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:
     new_pool = verdicts(results, for_new_pool, claims)
     decided = rows.verdict.isin(["supported", "refuted", "no difference that matters"])
     rows.loc[decided & (rows.verdict != new_pool.verdict), "verdict"] += ", on these images"
-    groups = [groups_in(results, from_runs, claim) if claim.kind == "average" else [] for claim in claims]
-    own = [own_temperature(results, claim.metric, there[0][0] if there else ()) for claim, there in zip(claims, groups)]
+    own = [own_temperature(results, claim.metric, contrasts_in(results, claim)[0] if claim.kind == "average" else ())
+           for claim in claims]
     return rows.join(pd.DataFrame(own, columns=OWN))
 
 # %% ../nbs/52_claims.ipynb #0e44e69d

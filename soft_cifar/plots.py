@@ -270,11 +270,14 @@ def forest(differences) -> Figure:
     is better; none where neither is. Raises `InputError` for a metric that is not registered."""
     fig, columns = forest_panels(differences)
     pooled = differences[differences.configuration == "pooled"]
-    if len(pooled): title, meaning = verdict_title(pooled), "soft minus hard (green: soft is better; grey: what would not matter, and for a new sample)"
+    if len(pooled):
+        title = verdict_title(pooled)
+        meaning = "soft minus hard (green: soft is better; grey: what would not matter, and for a new sample)"
     else:
         last = differences.metric.iloc[-1]
         title = better_title(differences[differences.metric == last], last)
-        meaning = "minus hard labels (green: better than they; grey: what would not matter, and for a new sample of images)"
+        meaning = ("minus hard labels (green: better than they; grey: what would not matter, and for a new sample of "
+                   "images)")
     fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
     fig.supxlabel(meaning, fontsize=9)
     return fig
@@ -407,7 +410,8 @@ def words_of(figure:Figure) -> str:
 def best_title(measured:Results, metric:str, names:dict) -> str:
     "Which cell is significantly better in `metric` than each other one (`tables.best_of`), or that none is."
     best = best_of(measured, metric, measured.by_seed[metric].mean())
-    return f"{names[best]}: better than each other one\n(each at p < .05, not corrected)" if best else "None is better than each other one"
+    if not best: return "None is better than each other one"
+    return f"{names[best]}: better than each other one\n(each at p < .05, not corrected)"
 
 def tradeoff(gathered, measured:Results|None=None) -> Figure:
     """Accuracy against OOD detection and against the loss to FGSM: a point per cell, mean over seeds. A colour is a

@@ -315,7 +315,7 @@ def extent(row) -> str:
 def own_extent(row) -> str:
     "Estimate and interval of a row of differences with each network at its own temperature; empty where not known."
     if math.isnan(row.own_low): return ""
-    return extent(pd.Series(dict(metric=row.metric, estimate=row.own_estimate, low=row.own_low, high=row.own_high)))
+    return extent(row._replace(estimate=row.own_estimate, low=row.own_low, high=row.own_high))
 
 def amount(row) -> str:
     "The metric, estimate and interval of a row of differences."
@@ -338,8 +338,8 @@ def ahead(part:pd.DataFrame) -> str:
     found = [f"{escape_markdown(row.configuration)} ({extent(row)})" for row in far_first.itertuples()]
     said = f"{metric.title}, {len(found)} of {len(part)}" + (f": {'; '.join(found)}" if found else "")
     if not found or part.own_low.isna().all(): return said
-    own = part.drop(columns=["estimate", "low", "high", *OWN]).join(part[OWN].set_axis(["estimate", "low", "high"], axis=1))
-    _, _, left = ahead(own.assign(**dict.fromkeys(OWN, math.nan))).partition(", ")
+    own = part.assign(estimate=part.own_estimate, low=part.own_low, high=part.own_high, own_low=math.nan)
+    _, _, left = ahead(own).partition(", ")
     return f"{said}; with each network at its own temperature {left}"
 
 def doubt(row) -> str:
