@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MIXES', 'SCHEDULES', 'CHOICES', 'PLACE', 'SECTIONS', 'DECLARING', 'Run', 'text', 'label', 'folders',
            'epochs_list', 'bfloat16_choice', 'set_names', 'companions', 'of', 'Experiment', 'declared', 'taken_by',
-           'by_preset', 'computes_bfloat16', 'buildable', 'digest', 'Checked', 'fields_of', 'type_of',
-           'parameters_cell', 'write_parameters_cell']
+           'by_preset', 'computes_bfloat16', 'processor', 'faster_in_bfloat16', 'buildable', 'digest', 'Checked',
+           'fields_of', 'type_of', 'parameters_cell', 'write_parameters_cell']
 
 # %% ../nbs/39_parameters.ipynb #0337f1ec
-import functools, hashlib, inspect, json, textwrap
+import functools, hashlib, inspect, json, platform, textwrap
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, get_args
@@ -133,7 +133,7 @@ class Experiment:
     decay:of("schedule", real("of schedule step: by this factor", low=0, high=1, open_low=True)) = .5
     bfloat16:optional(Annotated[
         str | bool, bfloat16_choice,
-        "feature maps in training: True, False, auto (where the processor computes in it)"]) = None
+        "feature maps in training: True, False, auto (where it is faster)"]) = None
     # what is measured
     fgsm_eps:real("in units of the pixel range [0,1]", low=0) = .005
     pgd_eps:real("the same", low=0) = .005
@@ -185,6 +185,19 @@ def computes_bfloat16(device:torch.device) -> bool:
     "Whether `device` has arithmetic for bfloat16: a CPU with AVX-512 BF16 or AMX, a GPU since compute capability 8."
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+def processor() -> str|None:
+    "The processor's name: on Linux from the kernel, which knows the model; None where it does not say."
+    listing = Path("/proc/cpuinfo")
+    if not listing.exists(): return platform.processor()
+    names = [line.split(":")[1].strip() for line in listing.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else None
+
+def faster_in_bfloat16(device:torch.device) -> bool:
+    """Whether training on `device` gains by bfloat16: wherever there is arithmetic for it, but on Intel's processors only
+    with AMX. Those with AVX-512 BF16 alone, or whose host hides AMX, are faster in float32."""
+    if device.type == "cuda" or torch.cpu._is_amx_tile_supported(): return computes_bfloat16(device)
+    return torch.cpu._is_avx512_bf16_supported() and "Intel" not in (processor() or "")
 
 @functools.cache
 def buildable(method:str, **parameters) -> None:
@@ -380,11 +393,11 @@ class Checked:
     def computes_in(self) -> str:
         """The number format of the feature maps in training, `bfloat16` or `float32`. Raises `InputError` where
         bfloat16=True and the device has no arithmetic for it."""
-        able = computes_bfloat16(self.on)
-        if self.bfloat16 is True and not able: raise InputError(
+        if self.bfloat16 is True and not computes_bfloat16(self.on): raise InputError(
             f"bfloat16=True, but this {'GPU' if self.on.type == 'cuda' else 'CPU'} does not compute in bfloat16: use "
             "bfloat16='auto' (wherever it is faster) or False")
-        return "bfloat16" if able and self.bfloat16 else "float32"
+        wanted = faster_in_bfloat16(self.on) if self.bfloat16 == "auto" else self.bfloat16
+        return "bfloat16" if wanted else "float32"
 
     @functools.cached_property
     def cell(self) -> str:
