@@ -6,11 +6,11 @@
 __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHER', 'BETWEEN', 'WORDS', 'BY_DOUBT', 'TITLES',
            'BETWEEN_WORDS', 'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry',
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
-           'with_verdicts', 'names_of', 'against_hard', 'families_of', 'by_family', 'family_rows', 'family_values',
-           'pooled_row', 'between', 'extent', 'own_extent', 'amount', 'amounts', 'on_the_better_side', 'ahead', 'doubt',
-           'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath', 'headline',
-           'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness', 'family_table', 'between_table',
-           'family_sentence', 'family_finding']
+           'with_verdicts', 'names_of', 'against_hard', 'against_first', 'families_of', 'by_family', 'family_rows',
+           'family_values', 'pooled_row', 'between', 'extent', 'own_extent', 'amount', 'amounts', 'on_the_better_side',
+           'ahead', 'sides', 'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath',
+           'headline', 'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness', 'family_table',
+           'between_table', 'family_sentence', 'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -230,6 +230,17 @@ def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> 
             if cell not in hard: rows += difference_row(measured, metric, name, ((cell, base),))
     return pd.DataFrame(rows, columns=KEYS + MORE)
 
+def against_first(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
+    """One row per metric and cell of another model type than the study's first one: its difference to the first one's
+    cell with the same labels and mix. Columns as `soft_minus_hard`; rows by `names_of`."""
+    measured, rows, first = measured or results(gathered), [], gathered.model.iloc[0]
+    cells = names_of(gathered[CELL].itertuples(index=False, name=None))
+    for metric in metrics:
+        for cell, name in cells.items():
+            base = (first, *cell[1:])
+            if cell != base and base in cells: rows += difference_row(measured, metric, name, ((cell, base),))
+    return pd.DataFrame(rows, columns=KEYS + MORE)
+
 # %% ../nbs/53_tables.ipynb #6c7f5655
 ANOTHER = "another family"     # the row of what is expected of one that no run has
 BETWEEN = ["base", "images", "q", "q_p", "tau", "tau_low", "tau_high", "i2", "i2_low", "i2_high", "tau_detectable",
@@ -341,6 +352,15 @@ def ahead(part:pd.DataFrame) -> str:
     own = part.assign(estimate=part.own_estimate, low=part.own_low, high=part.own_high, own_low=math.nan)
     _, _, left = ahead(own).partition(", ")
     return f"{said}; with each network at its own temperature {left}"
+
+def sides(part:pd.DataFrame) -> str:
+    "Which rows of one metric of differences have an interval on the better side of zero, on the worse one, and on both."
+    metric, said = lookup(part.metric.iloc[0]), dict(better=[], worse=[], neither=[])
+    for row in part.itertuples():
+        low, high = sorted((metric.direction * row.low, metric.direction * row.high))
+        side = "better" if low > 0 else "worse" if high < 0 else "neither"
+        said[side].append(f"{escape_markdown(row.configuration)} ({extent(row)})")
+    return f"{metric.title}: " + "; ".join(f"{side}: {', '.join(names)}" for side, names in said.items() if names)
 
 def doubt(row) -> str:
     "Why a row of differences is undecided: its p, what counting all claims makes of it, and what the design misses."
