@@ -6,11 +6,11 @@
 __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHER', 'BETWEEN', 'WORDS', 'BY_DOUBT', 'TITLES',
            'BETWEEN_WORDS', 'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry',
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
-           'with_verdicts', 'names_of', 'against_hard', 'against_first', 'families_of', 'by_family', 'family_rows',
-           'family_values', 'pooled_row', 'between', 'extent', 'own_extent', 'amount', 'amounts', 'on_the_better_side',
-           'ahead', 'sides', 'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath',
-           'headline', 'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness', 'family_table',
-           'between_table', 'family_sentence', 'family_finding']
+           'with_verdicts', 'names_of', 'against_hard', 'against_hard_by', 'against_first', 'families_of', 'by_family',
+           'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent', 'amount', 'amounts',
+           'on_the_better_side', 'ahead', 'sides', 'with_wrong_labels', 'doubt', 'with_a_verdict', 'finding', 'from_to',
+           'change', 'among_titles', 'in_a_breath', 'headline', 'claim_sentences', 'readable', 'verdict_text',
+           'claims_beside', 'softness', 'family_table', 'between_table', 'family_sentence', 'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -230,6 +230,12 @@ def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> 
             if cell not in hard: rows += difference_row(measured, metric, name, ((cell, base),))
     return pd.DataFrame(rows, columns=KEYS + MORE)
 
+def against_hard_by(parameter:str, gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
+    "`against_hard` among the runs with each value of `parameter`, which is the first column, from the smallest on."
+    measured = measured or results(gathered)
+    found = {value: against_hard(runs, metrics, measured) for value, runs in gathered.groupby(parameter)}
+    return pd.concat(found, names=[parameter]).reset_index(parameter)
+
 def against_first(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     """One row per metric and cell of another model type than the study's first one: its difference to the first one's
     cell with the same labels and mix. Columns as `soft_minus_hard`; rows by `names_of`."""
@@ -360,7 +366,16 @@ def sides(part:pd.DataFrame) -> str:
         low, high = sorted((metric.direction * row.low, metric.direction * row.high))
         side = "better" if low > 0 else "worse" if high < 0 else "neither"
         said[side].append(f"{escape_markdown(row.configuration)} ({extent(row)})")
-    return f"{metric.title}: " + "; ".join(f"{side}: {', '.join(names)}" for side, names in said.items() if names)
+    sentence = f"{metric.title}: " + "; ".join(f"{side}: {', '.join(names)}" for side, names in said.items() if names)
+    if part.own_low.isna().all(): return sentence
+    own = part.assign(estimate=part.own_estimate, low=part.own_low, high=part.own_high, own_low=math.nan)
+    _, _, left = sides(own).partition(": ")
+    return f"{sentence}. With each network at its own temperature, {left}"
+
+def with_wrong_labels(by_noise:pd.DataFrame) -> list[str]:
+    "What other labels do beside hard ones, a sentence per share of wrong labels and metric of `against_hard_by` it."
+    shares = {noise: f"{noise:.0%} of the labels wrong" if noise else "right labels" for noise in by_noise.noise}
+    return [f"{shares[noise]}, {sides(part)}" for (noise, _), part in by_noise.groupby(["noise", "metric"], sort=False)]
 
 def doubt(row) -> str:
     "Why a row of differences is undecided: its p, what counting all claims makes of it, and what the design misses."
