@@ -186,6 +186,7 @@ def computes_bfloat16(device:torch.device) -> bool:
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
+@functools.cache
 def processor() -> str|None:
     "The processor's name: on Linux from the kernel, which knows the model; None where it does not say."
     listing = Path("/proc/cpuinfo")

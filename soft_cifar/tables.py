@@ -6,15 +6,16 @@
 __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHER', 'BETWEEN', 'WORDS', 'BY_DOUBT', 'TITLES',
            'BETWEEN_WORDS', 'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry',
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
-           'with_verdicts', 'names_of', 'against_hard', 'against_hard_by', 'against_first', 'families_of', 'by_family',
-           'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent', 'amount', 'amounts',
-           'on_the_better_side', 'ahead', 'sides', 'with_wrong_labels', 'doubt', 'with_a_verdict', 'finding', 'from_to',
-           'change', 'among_titles', 'in_a_breath', 'headline', 'claim_sentences', 'readable', 'verdict_text',
-           'claims_beside', 'softness', 'family_table', 'between_table', 'family_sentence', 'family_finding']
+           'with_verdicts', 'names_of', 'against', 'against_hard', 'against_hard_by', 'against_first', 'families_of',
+           'by_family', 'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent', 'amount',
+           'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'sides', 'with_wrong_labels', 'doubt',
+           'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath', 'headline',
+           'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness', 'family_table', 'between_table',
+           'family_sentence', 'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 import numpy as np, pandas as pd, torch
 from .claims import (CELL, OWN, Results, average, decide, evidence, for_new_pool, from_runs, from_seeds,
@@ -216,19 +217,23 @@ def names_of(cells) -> dict[tuple, str]:
     def name(cell): return ", ".join(cell[k] for k in needed if cell[k] != "none")
     return {cell: name(cell) or cell[0] for cell in cells}
 
+def against(gathered:pd.DataFrame, base_of:Callable, metrics, measured:Results|None=None) -> pd.DataFrame:
+    "One row per metric and cell with a base, `base_of(cell)`: its difference to that; columns as `soft_minus_hard`."
+    measured = measured or results(gathered)
+    cells = names_of(gathered[CELL].itertuples(index=False, name=None))
+    bases = {cell: base for cell in cells if (base := base_of(cell))}
+    rows = [row for metric in metrics for cell, base in bases.items()
+            for row in difference_row(measured, metric, cells[cell], ((cell, base),))]
+    return pd.DataFrame(rows, columns=KEYS + MORE)
+
 def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     """One row per metric and cell that is not trained on hard labels with cross-entropy: its difference to the cell
     of the same model type and mix that is, or to the study's first one. Columns as `soft_minus_hard`; rows by
     `names_of`."""
-    measured, rows = measured or results(gathered), []
-    cells = names_of(gathered[CELL].itertuples(index=False, name=None))
     plain = gathered[(gathered.labels == "hard") & (gathered.loss == "cross_entropy")]
     hard = list(dict.fromkeys(plain[CELL].itertuples(index=False, name=None)))
-    for metric in metrics if hard else ():
-        for cell, name in cells.items():
-            base = next((h for h in hard if (h[0], h[2]) == (cell[0], cell[2])), hard[0])
-            if cell not in hard: rows += difference_row(measured, metric, name, ((cell, base),))
-    return pd.DataFrame(rows, columns=KEYS + MORE)
+    def base_of(cell): return next((h for h in hard if (h[0], h[2]) == (cell[0], cell[2])), hard[0])
+    return against(gathered, lambda cell: base_of(cell) if hard and cell not in hard else None, metrics, measured)
 
 def against_hard_by(parameter:str, gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     "`against_hard` among the runs with each value of `parameter`, which is the first column, from the smallest on."
@@ -239,13 +244,9 @@ def against_hard_by(parameter:str, gathered:pd.DataFrame, metrics, measured:Resu
 def against_first(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     """One row per metric and cell of another model type than the study's first one: its difference to the first one's
     cell with the same labels and mix. Columns as `soft_minus_hard`; rows by `names_of`."""
-    measured, rows, first = measured or results(gathered), [], gathered.model.iloc[0]
-    cells = names_of(gathered[CELL].itertuples(index=False, name=None))
-    for metric in metrics:
-        for cell, name in cells.items():
-            base = (first, *cell[1:])
-            if cell != base and base in cells: rows += difference_row(measured, metric, name, ((cell, base),))
-    return pd.DataFrame(rows, columns=KEYS + MORE)
+    first, there = gathered.model.iloc[0], set(gathered[CELL].itertuples(index=False, name=None))
+    def base_of(cell): return base if (base := (first, *cell[1:])) in there and base != cell else None
+    return against(gathered, base_of, metrics, measured)
 
 # %% ../nbs/53_tables.ipynb #6c7f5655
 ANOTHER = "another family"     # the row of what is expected of one that no run has
@@ -347,29 +348,35 @@ def on_the_better_side(part:pd.DataFrame, metric:Metric) -> pd.DataFrame:
     "The rows `part` of differences in `metric` whose interval lies on its better side of zero; none where neither is."
     return part[(metric.direction * part.low > 0) & (metric.direction * part.high > 0)]
 
+def extents(part:pd.DataFrame) -> list[str]:
+    "Each row of differences by its configuration, with its `extent`."
+    return [f"{escape_markdown(row.configuration)} ({extent(row)})" for row in part.itertuples()]
+
+def at_own(part:pd.DataFrame) -> pd.DataFrame:
+    "The rows `part` of differences with each network at its own temperature."
+    return part.assign(estimate=part.own_estimate, low=part.own_low, high=part.own_high, own_low=math.nan)
+
 def ahead(part:pd.DataFrame) -> str:
     "Which rows of one metric of `against_hard` have an interval on the better side, and by how much, most first."
     metric = lookup(part.metric.iloc[0])
     better = on_the_better_side(part, metric)
     far_first = better.loc[(better.estimate * metric.direction).sort_values(ascending=False).index]
-    found = [f"{escape_markdown(row.configuration)} ({extent(row)})" for row in far_first.itertuples()]
+    found = extents(far_first)
     said = f"{metric.title}, {len(found)} of {len(part)}" + (f": {'; '.join(found)}" if found else "")
     if not found or part.own_low.isna().all(): return said
-    own = part.assign(estimate=part.own_estimate, low=part.own_low, high=part.own_high, own_low=math.nan)
-    _, _, left = ahead(own).partition(", ")
+    _, _, left = ahead(at_own(part)).partition(", ")
     return f"{said}; with each network at its own temperature {left}"
 
 def sides(part:pd.DataFrame) -> str:
     "Which rows of one metric of differences have an interval on the better side of zero, on the worse one, and on both."
-    metric, said = lookup(part.metric.iloc[0]), dict(better=[], worse=[], neither=[])
-    for row in part.itertuples():
-        low, high = sorted((metric.direction * row.low, metric.direction * row.high))
-        side = "better" if low > 0 else "worse" if high < 0 else "neither"
-        said[side].append(f"{escape_markdown(row.configuration)} ({extent(row)})")
-    sentence = f"{metric.title}: " + "; ".join(f"{side}: {', '.join(names)}" for side, names in said.items() if names)
+    metric = lookup(part.metric.iloc[0])
+    turned = part.assign(low=-part.high, high=-part.low)
+    better, worse = (part.index.isin(on_the_better_side(rows, metric).index) for rows in (part, turned))
+    found = dict(better=part[better], worse=part[worse], neither=part[~better & ~worse])
+    said = [f"{side}: {', '.join(extents(rows))}" for side, rows in found.items() if len(rows)]
+    sentence = f"{metric.title}: {'; '.join(said)}"
     if part.own_low.isna().all(): return sentence
-    own = part.assign(estimate=part.own_estimate, low=part.own_low, high=part.own_high, own_low=math.nan)
-    _, _, left = sides(own).partition(": ")
+    _, _, left = sides(at_own(part)).partition(": ")
     return f"{sentence}. With each network at its own temperature, {left}"
 
 def with_wrong_labels(by_noise:pd.DataFrame) -> list[str]:
