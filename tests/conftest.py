@@ -97,13 +97,18 @@ def wait_for(condition, process, said):
 
 def watched(words, said):
     """(exit status, what it said, the most memory [bytes] that it and its children took together) of the command
-    `words`, which writes to the file `said`."""
+    `words`, which writes to the file `said`. Until a child that has just been forked becomes a program, it shows its
+    parent's command line and all its parent's memory, a second time: it isn't counted before."""
     peak = 0
     with started(words, said) as process:
         while process.poll() is None:
             now = 0
-            for member in family(process):
-                with suppress(psutil.NoSuchProcess): now += member.memory_info().rss     # unless it has just ended
+            members = family(process)
+            lines = {}
+            for member in members:
+                with suppress(psutil.NoSuchProcess):     # it may just have ended
+                    lines[member.pid] = line = member.cmdline()
+                    if line != lines.get(member.ppid()): now += member.memory_info().rss
             peak = max(peak, now)
             time.sleep(.1)
     return process.returncode, said.read_text(), peak
