@@ -12,8 +12,9 @@ from .checks import InputError, brief
 
 # %% ../nbs/19_backbone.ipynb #3b2d390d
 class Backbone(nn.Module):
-    "The base of all networks. A subclass sets `body`, `head` and `num_features`."
+    "The base of all networks. A subclass sets `tiny`, `body`, `head` and `num_features`."
     bfloat16 = False     # whether the body computes in bfloat16
+    tiny: dict           # parameters of a form that takes a step in no time, with which tests try every method on it
     body: nn.Module      # normalised images [B,3,H,W] to feature maps [B,F,h,w], or to features [B,F]
     head: nn.Module      # features [B,F] to outputs [B,K]
     num_features: int    # F

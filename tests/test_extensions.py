@@ -70,6 +70,8 @@ from soft_cifar.backbone import Backbone
 
 class Plain(Backbone):
     "Two blocks, each a convolution, a ReLU and the largest of 2x2 pixels."
+    tiny = dict(channels=4)
+
     @checked
     def __init__(self, channels:whole("of the first block", 1)=8, classes:int=10):
         super().__init__()

@@ -7,20 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from soft_cifar import data, labels, losses, models, training
+from conftest import ROOT
+from soft_cifar import data, labels, losses, models, study, training
 from soft_cifar.checks import error_of
 from soft_cifar.parameters import MIXES, Run
 
-TINY = dict(
-    densenet=dict(depth=10, growth=4), preact=dict(depth=11, width=4), pyramid=dict(depth=8, width=4, pyramid_alpha=12),
-    resnet=dict(depth=8), resnet4=dict(depth=10, width=4), shake=dict(depth=8, width=4), vgg=dict(depth=10, width=4),
-    resnext=dict(depth=11, width=4, cardinality=2, group_width=4), wrn=dict(depth=10, widening=1))
-
-# of each family one that two cores can train; studies take these
-THIN = dict(
-    densenet=dict(depth=40), preact=dict(depth=29), pyramid=dict(depth=20, pyramid_alpha=48), resnet=dict(depth=20),
-    resnet4=dict(depth=18, width=16), shake=dict(width=16), vgg=dict(width=16), wrn=dict(depth=16, widening=1),
-    resnext=dict(cardinality=4, group_width=8, width=16))
+TINY = {name: kind.tiny for name, kind in models.backbones().items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +76,12 @@ def test_covering_meets_all_pairs():
     assert len(rows) < 2 * 4 * 3, rows
 
 
-def test_each_network_is_tried_and_has_a_thin_form():
-    assert set(TINY) == set(THIN) == set(models.backbones()), "a new network needs its forms above"
-    with torch.device("meta"): made = {name: models.backbones()[name](**form) for name, form in THIN.items()}
+def test_studies_take_networks_of_a_million_parameters_at_most():
+    "One of each family, which two cores can train."
+    runs = study.load(ROOT / "runs" / "architectures.yaml").runs
+    with torch.device("meta"): made = {run.backbone: models.create("basic", **run.model) for run in runs}
     counted = {name: sum(p.numel() for p in network.parameters()) for name, network in made.items()}
-    assert max(counted.values()) <= 1_000_000, counted
+    assert len(counted) > 1 and max(counted.values()) <= 1_000_000, counted
 
 
 def test_one_step_of_all_that_is_allowed(images, teachers):

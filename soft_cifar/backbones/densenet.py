@@ -30,6 +30,8 @@ def transition(inputs:int) -> nn.Sequential:
 # %% ../../nbs/20_densenet.ipynb #68124fa5
 class DenseNet(Backbone):
     "DenseNet-BC for small images (Huang et al. 2017, section 3). Raises `InputError` unless depth = 6n + 4."
+    tiny = dict(depth=10, growth=4)
+
     @checked
     def __init__(self, depth:DEPTH=100, growth:whole("channels that a layer adds", 1)=12, classes:int=10):
         super().__init__()

@@ -51,6 +51,8 @@ def bottleneck(inputs:int, outputs:int, stride:int) -> PreBlock:
 # %% ../../nbs/20_preact.ipynb #7cef9c3b
 class PreAct(Backbone):
     "Pre-activation ResNet with bottlenecks (He et al. 2016b). Raises `InputError` unless depth = 9n + 2."
+    tiny = dict(depth=11, width=4)
+
     @checked
     def __init__(self, depth:DEPTH=164, width:WIDTH=16, classes:int=10):
         super().__init__()

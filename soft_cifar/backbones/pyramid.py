@@ -29,6 +29,8 @@ class PyramidBlock(nn.Module):
 # %% ../../nbs/20_pyramid.ipynb #29f49b17
 class PyramidNet(Backbone):
     "PyramidNet with basic blocks (Han et al. 2017, section 2). Raises `InputError` unless depth = 6n + 2."
+    tiny = dict(depth=8, width=4, pyramid_alpha=12)
+
     @checked
     def __init__(self, depth:DEPTH=110, width:WIDTH=16,
                  pyramid_alpha:whole("channels that all blocks together add", 1)=270, classes:int=10):

@@ -50,6 +50,8 @@ def stages(block, inputs:int, outputs:list[int], blocks:list[int]) -> list[nn.Mo
 class ResNet(Backbone):
     """ResNet for small images (He et al. 2016, section 4.2), with projection shortcuts. Raises `InputError` unless
     depth = 6n + 2."""
+    tiny = dict(depth=8)
+
     @checked
     def __init__(self, depth:DEPTH=20, classes:int=10):
         super().__init__()

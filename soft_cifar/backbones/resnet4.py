@@ -34,6 +34,8 @@ BLOCKS = {     # in each stage, by depth
 class ResNet4(Backbone):
     """ResNet of four stages (He et al. 2016, table 1; depth 200: He et al. 2016b) with a stem for small images. Raises
     `InputError` for a depth that is none of `BLOCKS`."""
+    tiny = dict(depth=10, width=4)
+
     @checked
     def __init__(self, depth:DEPTH=18, width:WIDTH=64, classes:int=10):
         super().__init__()

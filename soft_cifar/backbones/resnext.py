@@ -15,6 +15,8 @@ from .resnet4 import Bottleneck
 # %% ../../nbs/20_resnext.ipynb #77b0d37a
 class ResNeXt(Backbone):
     "ResNeXt for small images (Xie et al. 2017, section 5.3). Raises `InputError` unless depth = 9n + 2."
+    tiny = dict(depth=11, width=4, cardinality=2, group_width=4)
+
     @checked
     def __init__(self, depth:DEPTH=29, width:WIDTH=64, cardinality:whole("groups of a convolution", 1)=8,
                  group_width:whole("channels of a group in the first stage", 1)=64, classes:int=10):

@@ -56,6 +56,8 @@ class ShakeBlock(nn.Module):
 # %% ../../nbs/20_shake.ipynb #83027b8a
 class ShakeShake(Backbone):
     "Shake-Shake with two branches (Gastaldi 2017). Raises `InputError` unless depth = 6n + 2."
+    tiny = dict(depth=8, width=4)
+
     @checked
     def __init__(self, depth:DEPTH=26, width:WIDTH=64, classes:int=10):
         super().__init__()

@@ -28,6 +28,8 @@ def stage(inputs:int, outputs:int, convolutions:int) -> list[nn.Module]:
 class VGG(Backbone):
     """VGG with batch normalisation for small images (Simonyan & Zisserman 2015). Raises `InputError` for a depth that
     is none of `CONVOLUTIONS`."""
+    tiny = dict(depth=10, width=4)
+
     @checked
     def __init__(self, depth:DEPTH=15, width:WIDTH=64, classes:int=10):
         super().__init__()

@@ -15,6 +15,8 @@ from .resnet import DEPTH, per_stage, stages
 # %% ../../nbs/20_wrn.ipynb #e1110268
 class WRN(Backbone):
     "Wide ResNet (Zagoruyko & Komodakis 2016, table 1). Raises `InputError` unless depth = 6n + 4."
+    tiny = dict(depth=10, widening=1)
+
     @checked
     def __init__(self, depth:DEPTH=28, widening:whole("times as many channels as 16, 32, 64", 1)=10, classes:int=10):
         super().__init__()
