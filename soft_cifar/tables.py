@@ -6,10 +6,10 @@
 __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHER', 'BETWEEN', 'WORDS', 'BY_DOUBT', 'TITLES',
            'BETWEEN_WORDS', 'human_scores', 'best_of', 'comparable', 'beside_published', 'column', 'table1', 'entry',
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
-           'with_verdicts', 'names_of', 'against', 'against_hard', 'against_hard_by', 'against_first', 'families_of',
-           'by_family', 'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent', 'amount',
-           'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'sides', 'with_wrong_labels', 'doubt',
-           'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath', 'headline',
+           'with_verdicts', 'names_of', 'against', 'against_labels', 'against_hard', 'against_hard_by', 'against_first',
+           'families_of', 'by_family', 'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent',
+           'amount', 'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'sides', 'with_wrong_labels',
+           'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath', 'headline',
            'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness', 'family_table', 'between_table',
            'family_sentence', 'family_finding']
 
@@ -226,14 +226,18 @@ def against(gathered:pd.DataFrame, base_of:Callable, metrics, measured:Results|N
             for row in difference_row(measured, metric, cells[cell], ((cell, base),))]
     return pd.DataFrame(rows, columns=KEYS + MORE)
 
-def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
-    """One row per metric and cell that is not trained on hard labels with cross-entropy: its difference to the cell
-    of the same model type and mix that is, or to the study's first one. Columns as `soft_minus_hard`; rows by
+def against_labels(labels:str, gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
+    """One row per metric and cell that is not trained on `labels` with cross-entropy: its difference to the cell of
+    the same model type and mix that is, or to the study's first one. Columns as `soft_minus_hard`; rows by
     `names_of`."""
-    plain = gathered[(gathered.labels == "hard") & (gathered.loss == "cross_entropy")]
-    hard = list(dict.fromkeys(plain[CELL].itertuples(index=False, name=None)))
-    def base_of(cell): return next((h for h in hard if (h[0], h[2]) == (cell[0], cell[2])), hard[0])
-    return against(gathered, lambda cell: base_of(cell) if hard and cell not in hard else None, metrics, measured)
+    plain = gathered[(gathered.labels == labels) & (gathered.loss == "cross_entropy")]
+    bases = list(dict.fromkeys(plain[CELL].itertuples(index=False, name=None)))
+    def base_of(cell): return next((base for base in bases if (base[0], base[2]) == (cell[0], cell[2])), bases[0])
+    return against(gathered, lambda cell: base_of(cell) if bases and cell not in bases else None, metrics, measured)
+
+def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
+    "`against_labels` for hard ones."
+    return against_labels("hard", gathered, metrics, measured)
 
 def against_hard_by(parameter:str, gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     "`against_hard` among the runs with each value of `parameter`, which is the first column, from the smallest on."
@@ -325,10 +329,11 @@ def between(effects:RandomEffects, smallest:float) -> str:
 
 # %% ../nbs/53_tables.ipynb #f1a2aed9
 def extent(row) -> str:
-    "Estimate and interval of a row of differences; shares of images in points."
+    "Estimate and interval of a row of differences, where there is one; shares of images in points."
     metric = lookup(row.metric)
     estimate, low, high = (metric.difference(x) for x in (row.estimate, row.low, row.high))
-    return f"{estimate} [{low}, {high}] {metric.unit}".rstrip()
+    interval = "" if math.isnan(row.low) else f" [{low}, {high}]"
+    return f"{estimate}{interval} {metric.unit}".rstrip()
 
 def own_extent(row) -> str:
     "Estimate and interval of a row of differences with each network at its own temperature; empty where not known."
