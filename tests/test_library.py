@@ -21,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRA = ["IPython", "ipykernel", "jupyterlab", "nbclient", "nbconvert", "papermill", "dask", "distributed", "pandas",
          "pyarrow", "scipy", "matplotlib", "seaborn", "yaml", "tqdm", "torchmetrics"]
 # the modules that need them
-WITH_EXTRAS = {"adapters", "benchmark", "budget", "claims", "distance", "kernels", "peterson", "plots", "spending",
-               "stats", "study", "tables", "worker"}
+WITH_EXTRAS = {"adapters", "benchmark", "budget", "claims", "distance", "findings", "kernels", "peterson", "plots",
+               "spending", "stats", "study", "tables", "worker"}
 
 # A Python that starts with this finds none of EXTRA.
 BLOCK = f"""
