@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'METHODS', 'DRAWN', 'EXPLORED', 'varies', 'Findings', 'find', 'nearest_and_right', 'in_order',
-           'other_votes', 'judged', 'listed', 'by_metric', 'enough', 'swept', 'lead', 'on_claims']
+           'other_votes', 'judged', 'on_print', 'listed', 'by_metric', 'enough', 'swept', 'lead', 'on_claims']
 
 # %% ../nbs/58_findings.ipynb #ee80b546
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import pandas as pd
@@ -47,7 +48,7 @@ class Findings:
     on_average: pd.DataFrame      # `spending.on_average`
     fewer_votes: pd.DataFrame     # `spending.against_all`
     ours: pd.DataFrame            # `claims.of_study`
-    theirs: pd.DataFrame          # `claims.verdicts` on what is printed
+    theirs: pd.DataFrame          # `claims.verdicts` on what was printed
     owners: list[str]             # `claims.owners`
 
     @property
@@ -124,10 +125,15 @@ def other_votes(gathered:pd.DataFrame, results:Results) -> pd.DataFrame:
 def judged(gathered:pd.DataFrame, results:Results, tuned:bool, study:str) -> dict:
     "`ours`, `theirs` and `owners` of `Findings`."
     asked = peterson.CLAIMS if tuned else claims.CLAIMS
-    printed = (peterson.by_architecture(), claims.from_runs) if tuned else (claims.published(), claims.from_means)
     owners = claims.owners(gathered, study, asked)     # of runs that this study has borrowed
     ours = claims.left_to(claims.of_study(results, asked), owners)
-    return dict(ours=ours, theirs=claims.verdicts(*printed, asked), owners=owners)
+    return dict(ours=ours, theirs=on_print(tuned), owners=owners)
+
+@functools.cache
+def on_print(tuned:bool) -> pd.DataFrame:
+    "The verdicts on the published numbers, those of Peterson et al. (2019) if `tuned`. Not to be changed: it is kept."
+    if tuned: return claims.verdicts(peterson.by_architecture(), claims.from_runs, peterson.CLAIMS)
+    return claims.verdicts(claims.published(), claims.from_means, claims.CLAIMS)
 
 # %% ../nbs/58_findings.ipynb #29070768
 EXPLORED = "by 95% intervals (exploratory, so without verdicts):"
