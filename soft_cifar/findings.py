@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'METHODS', 'DRAWN', 'EXPLORED', 'varies', 'Findings', 'find', 'nearest_and_right', 'in_order',
-           'other_votes', 'judged', 'on_print', 'listed', 'by_metric', 'enough', 'swept', 'lead', 'on_claims']
+           'other_votes', 'judged', 'on_print', 'listed', 'by_metric', 'in_short', 'enough', 'swept', 'lead',
+           'on_claims']
 
 # %% ../nbs/58_findings.ipynb #ee80b546
 import functools
@@ -18,7 +19,7 @@ from .labels import parameters_of
 from .metrics import PRIMARY
 from .tables import (against_first, against_hard, against_hard_by, against_labels, ahead, by_family,
                                claim_sentences, family_finding, finding, headline, sides, soft_minus_hard,
-                               with_wrong_labels)
+                               tally, with_wrong_labels)
 
 # %% ../nbs/58_findings.ipynb #4d709c9c
 SOURCES = "accuracy", "nll", "ece_10", "kl_humans", "kl_posterior"     # metrics of label sources
@@ -101,7 +102,7 @@ def find(gathered:pd.DataFrame, predictions:Mapping, study:str) -> Findings:
         from_votes=other_votes(gathered, results), against=against,
         by_noise=against_hard_by("noise", gathered, first, results) if asks_noise else against[:0],
         beside_votes=against_labels(
-            "soft", gathered[gathered.labels.isin({"soft", *taught})], first if asks_networks else [], results),
+            "soft", gathered[gathered.labels.isin({"soft", *taught})], sources if asks_networks else [], results),
         methods=against_first(gathered, having(METHODS) if asks_methods else [], results),
         families=by_family(gathered, having(in_order(gathered)), results),
         same_cost=spending.at_same_cost(gathered, results), on_average=spending.on_average(gathered, results),
@@ -146,6 +147,10 @@ def by_metric(say:Callable, table:pd.DataFrame) -> list[str]:
     "What `say` makes of the rows of `table`, a metric at a time."
     return [say(part) for _, part in table.groupby("metric", sort=False)]
 
+def in_short(say:Callable, table:pd.DataFrame) -> list[str]:
+    "What `say` makes of the rows of `table` for the metrics in words (`nearest_and_right`)."
+    return [say(table[table.metric == name]) for name in nearest_and_right(table.metric.unique())]
+
 def enough(found:Findings) -> list[str]:
     "How many votes of an image are enough, a sentence a metric."
     return by_metric(spending.needed, found.fewer_votes)
@@ -159,8 +164,7 @@ def swept(found:Findings) -> list[str]:
 def lead(found:Findings, page_of:Callable) -> str:
     "The answer of a study as Markdown. `page_of(name)` is a link to the report of another one."
     soft_hard, named = found.differences, escape_markdown(found.gathered.model.iloc[0])
-    asked = [] if len(found.by_noise) else nearest_and_right(found.against.metric.unique())
-    beside_hard = [ahead(found.against[found.against.metric == name]) for name in asked]
+    beside_hard = in_short(ahead, found.against) if not len(found.by_noise) else []
     wrong = with_wrong_labels(found.by_noise) if len(found.by_noise) else []
     paragraphs = [
         *listed("How many votes of an image are enough, so that nothing is lost that matters?", enough(found)),
@@ -171,7 +175,7 @@ def lead(found:Findings, page_of:Callable) -> str:
         *listed("Of two ways to spend the same number of votes, which is better?",
                 spending.findings(found.same_cost, found.on_average)),
         distance.headline(found.ours, found.results) if len(found.home) else "",
-        *listed(f"What networks say beside people's votes, {EXPLORED}", by_metric(sides, found.beside_votes)),
+        *listed(f"Labels that networks write beside people's votes, {EXPLORED}", in_short(tally, found.beside_votes)),
         *listed("Better than hard labels, and by how much (exploratory, so without verdicts):", beside_hard),
         *listed(f"Beside *{named}*, {EXPLORED}", by_metric(sides, found.methods)),
         *on_claims(found, page_of)]

@@ -253,19 +253,19 @@ def verdict_title(pooled) -> str:
     parts = [f"{verdict.replace(', on', ' on')} in {listed(groups[verdict])}" for verdict in order]
     return "Soft labels: " + "; ".join(parts)
 
-def better_title(part, metric:str) -> str:
-    """How many rows of `metric` have an interval on the better side of hard labels, and which, some of them by name;
-    where no side is better, how many have one without zero."""
+def better_title(part, metric:str, base:str="hard labels") -> str:
+    """How many rows of `metric` have an interval on the better side of `base`, and which, some of them by name; where no
+    side is better, how many have one without zero."""
     entry = lookup(metric)
     above, below = (part.low > 0).sum(), (part.high < 0).sum()
     if not entry.direction: return f"{entry.label}: {above + below} of {len(part)} intervals exclude zero"
     ahead = on_the_better_side(part, entry)
     named = f": {listed(ahead.configuration)}" if len(ahead) else ""
-    return f"{entry.label}: {len(ahead)} of {len(part)} intervals lie on the better side of hard labels{named}"
+    return f"{entry.label}: {len(ahead)} of {len(part)} intervals lie on the better side of {base}{named}"
 
-def forest(differences) -> Figure:
-    """Differences to hard labels with 95% intervals, a panel per metric and a row per configuration, from
-    `tables.soft_minus_hard` or `tables.against_hard`; the pooled row, if there is one, last. A thick line behind an
+def forest(differences, base:str="hard labels") -> Figure:
+    """Differences to `base` with 95% intervals, a panel per metric and a row per configuration, from
+    `tables.soft_minus_hard` or `tables.against_labels`; the pooled row, if there is one, last. A thick line behind an
     interval is that for a new pool of images; a grey band the differences that do not matter. Shaded is the side that
     is better; none where neither is. Raises `InputError` for a metric that is not registered."""
     fig, columns = forest_panels(differences)
@@ -275,8 +275,8 @@ def forest(differences) -> Figure:
         meaning = "soft minus hard (green: soft is better; grey: what would not matter, and for a new sample)"
     else:
         last = differences.metric.iloc[-1]
-        title = better_title(differences[differences.metric == last], last)
-        meaning = ("minus hard labels (green: better than they; grey: what would not matter, and for a new sample of "
+        title = better_title(differences[differences.metric == last], last, base)
+        meaning = (f"minus {base} (green: better than they; grey: what would not matter, and for a new sample of "
                    "images)")
     fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
     fig.supxlabel(meaning, fontsize=9)

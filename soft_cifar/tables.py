@@ -8,10 +8,10 @@ __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHE
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
            'with_verdicts', 'names_of', 'against', 'against_labels', 'against_hard', 'against_hard_by', 'against_first',
            'families_of', 'by_family', 'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent',
-           'amount', 'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'sides', 'with_wrong_labels',
-           'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles', 'in_a_breath', 'headline',
-           'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness', 'family_table', 'between_table',
-           'family_sentence', 'family_finding']
+           'amount', 'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'by_side', 'tally', 'sides',
+           'with_wrong_labels', 'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles',
+           'in_a_breath', 'headline', 'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness',
+           'family_table', 'between_table', 'family_sentence', 'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -372,14 +372,29 @@ def ahead(part:pd.DataFrame) -> str:
     _, _, left = ahead(at_own(part)).partition(", ")
     return f"{said}; with each network at its own temperature {left}"
 
-def sides(part:pd.DataFrame) -> str:
-    "Which rows of one metric of differences have an interval on the better side of zero, on the worse one, and on both."
+def by_side(part:pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "The rows of one metric of differences by where their intervals lie: better than zero, worse, or neither."
     metric = lookup(part.metric.iloc[0])
     turned = part.assign(low=-part.high, high=-part.low)
     better, worse = (part.index.isin(on_the_better_side(rows, metric).index) for rows in (part, turned))
     found = dict(better=part[better], worse=part[worse], neither=part[~better & ~worse])
-    said = [f"{side}: {', '.join(extents(rows))}" for side, rows in found.items() if len(rows)]
-    sentence = f"{metric.title}: {'; '.join(said)}"
+    return {side: rows for side, rows in found.items() if len(rows)}
+
+def tally(part:pd.DataFrame) -> str:
+    "How many rows of one metric of differences are on each side of zero (`by_side`), and their least and largest."
+    metric = lookup(part.metric.iloc[0])
+    def span(rows):
+        ends = " to ".join(dict.fromkeys(metric.difference(x) for x in (rows.estimate.min(), rows.estimate.max())))
+        return f"{ends} {metric.unit}".rstrip()
+    said = [f"{side} in {len(rows)} of {len(part)} ({span(rows)})" for side, rows in by_side(part).items()]
+    sentence = f"{metric.title}: {', '.join(said)}"
+    if part.own_low.isna().all(): return sentence
+    return f"{sentence}. With each network at its own temperature, {tally(at_own(part)).partition(': ')[2]}"
+
+def sides(part:pd.DataFrame) -> str:
+    "The rows of one metric of differences on each side of zero (`by_side`), with their `extents`."
+    said = [f"{side}: {', '.join(extents(rows))}" for side, rows in by_side(part).items()]
+    sentence = f"{lookup(part.metric.iloc[0]).title}: {'; '.join(said)}"
     if part.own_low.isna().all(): return sentence
     _, _, left = sides(at_own(part)).partition(": ")
     return f"{sentence}. With each network at its own temperature, {left}"
