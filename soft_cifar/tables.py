@@ -369,7 +369,7 @@ def ahead(part:pd.DataFrame) -> str:
     found = extents(far_first)
     said = f"{metric.title}, {len(found)} of {len(part)}" + (f": {'; '.join(found)}" if found else "")
     if not found or part.own_low.isna().all(): return said
-    _, _, left = ahead(at_own(part)).partition(", ")
+    left = ahead(at_own(part)).removeprefix(f"{metric.title}, ")
     return f"{said}; with each network at its own temperature {left}"
 
 def by_side(part:pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -389,14 +389,16 @@ def tally(part:pd.DataFrame) -> str:
     said = [f"{side} in {len(rows)} of {len(part)} ({span(rows)})" for side, rows in by_side(part).items()]
     sentence = f"{metric.title}: {', '.join(said)}"
     if part.own_low.isna().all(): return sentence
-    return f"{sentence}. With each network at its own temperature, {tally(at_own(part)).partition(': ')[2]}"
+    left = tally(at_own(part)).removeprefix(f"{metric.title}: ")
+    return f"{sentence}. With each network at its own temperature, {left}"
 
 def sides(part:pd.DataFrame) -> str:
     "The rows of one metric of differences on each side of zero (`by_side`), with their `extents`."
+    title = lookup(part.metric.iloc[0]).title
     said = [f"{side}: {', '.join(extents(rows))}" for side, rows in by_side(part).items()]
-    sentence = f"{lookup(part.metric.iloc[0]).title}: {'; '.join(said)}"
+    sentence = f"{title}: {'; '.join(said)}"
     if part.own_low.isna().all(): return sentence
-    _, _, left = sides(at_own(part)).partition(": ")
+    left = sides(at_own(part)).removeprefix(f"{title}: ")
     return f"{sentence}. With each network at its own temperature, {left}"
 
 def with_wrong_labels(by_noise:pd.DataFrame) -> list[str]:
