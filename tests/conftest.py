@@ -102,10 +102,8 @@ def watched(words, said):
     peak = 0
     with started(words, said) as process:
         while process.poll() is None:
-            now = 0
-            members = family(process)
-            lines = {}
-            for member in members:
+            now, lines = 0, {}
+            for member in family(process):
                 with suppress(psutil.NoSuchProcess):     # it may just have ended
                     lines[member.pid] = line = member.cmdline()
                     if line != lines.get(member.ppid()): now += member.memory_info().rss
