@@ -146,7 +146,7 @@ EXPLORED = "by 95% intervals (exploratory, so without verdicts):"
 
 def listed(heading:str, sentences:list[str]) -> list[str]:
     "`heading` and a list of the `sentences`, or nothing if there are none."
-    return [heading, "\n".join(f"- {sentence.removesuffix('.')}." for sentence in sentences)] if sentences else []
+    return [heading, "\n".join(f"- {sentence}." for sentence in sentences)] if sentences else []
 
 def by_metric(say:Callable, table:pd.DataFrame) -> list[str]:
     "What `say` makes of the rows of `table`, a metric at a time."

@@ -507,7 +507,7 @@ def claim_sentences(rows:pd.DataFrame) -> list[str]:
         left = f" ({extent(row)}; with each network at its own temperature {own})" if own else ""
         if row.compared == row.of: return row.verdict + left
         return f"{row.verdict} as far as these runs go, which make {row.compared} of its {row.of} comparisons{left}"
-    return [f"*{row.claim}*: {said(row)}." for row in decided.itertuples()]
+    return [f"*{row.claim}*: {said(row)}" for row in decided.itertuples()]
 
 # %% ../nbs/53_tables.ipynb #f3d51c74
 def readable(differences:pd.DataFrame) -> list[list[str]]:
