@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, psutil, torch
 from . import data, evaluation, labels, models, parameters, runs, training
-from .checks import one_of, project_path, shown
+from .checks import StudyError, in_place_of, one_of, project_path, shown
 from .parameters import Run
 
 # %% ../nbs/benchmark.ipynb #4fa2ad0a
@@ -134,8 +134,11 @@ def in_a_process(words:list[str], **environment) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
 
 def answer_of(process) -> dict:
-    "The last line that a `process` prints, once it has ended."
+    "The last line that a `process` prints, once it has ended. Raises `StudyError` where it has failed."
     printed, _ = process.communicate()
+    if process.returncode: raise StudyError(
+        f"{' '.join(process.args)} ended with status {process.returncode}: its own message is above; of -9 none, "
+        "perhaps for want of memory")
     return json.loads(printed.splitlines()[-1])
 
 # %% ../nbs/benchmark.ipynb #751a3986
@@ -293,7 +296,7 @@ def everything(place:Path) -> None:
             continue
         start = time.perf_counter()
         measured[name] = part()
-        place.write_text(json.dumps(measured, indent=1))
+        with in_place_of(place) as new: new.write_text(json.dumps(measured, indent=1))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 def ours(table) -> str:
@@ -322,6 +325,8 @@ def compact_runs(measured:dict) -> pd.DataFrame:
 
 def main(words) -> None:
     "`measure METHOD WAY` prints one measurement, `everything FOLDER` writes all of them there."
+    asked = dict(measure=3, everything=2).get(words[0] if words else "")
+    if asked != len(words): sys.exit("python -m soft_cifar.benchmark measure METHOD WAY, or everything FOLDER")
     if words[0] == "measure": return print(json.dumps(measure(words[1], words[2])))
     place = project_path(words[1])
     place.mkdir(parents=True, exist_ok=True)

@@ -40,14 +40,15 @@ def standardised(features:Tensor, mean:np.ndarray, std:np.ndarray) -> np.ndarray
 
 def fit(features:Tensor, targets:Tensor, strength:float, start:np.ndarray|None=None) -> Head:
     """The head with the least penalised cross-entropy to `targets` [N,K] on `features` [N,F], by L-BFGS from the
-    weights `start` [F+1,K] or 0. Raises `InputError` for shapes that differ, for numbers that are not finite, and for
-    `strength` <= 0."""
+    weights `start` [F+1,K] or 0. Raises `InputError` for shapes that differ, for numbers that are not finite, for one
+    image, and for `strength` <= 0."""
     shapes(features=(features, "NF", "floating"), targets=(targets, "NK", "floating"))
     number("strength", strength, low=0, open_low=True)
     for name, values in (("features", features), ("targets", targets)):
         broken = (~values.isfinite()).any(1).nonzero().flatten().tolist()
         if broken: raise InputError(
             f"{name} of image {broken[0]} are not finite ({len(broken)} images): expected numbers. Leave these out")
+    if len(features) < 2: raise InputError("features of one image, expected two or more: one has no standard deviation")
     mean, std = features.double().mean(0).numpy(), features.double().std(0).clamp(min=1e-6).numpy()
     x, y = standardised(features, mean, std), targets.double().numpy()
     size = x.shape[1], y.shape[1]
@@ -203,7 +204,7 @@ def compare(repeats, pools, pairs, metric:str) -> pd.DataFrame:
     found = [difference(repeats, pools, a, b, metric) for a, b in pairs]
     rows = []
     for (a, b), d, p in zip(pairs, found, stats.holm([d.p for d in found])):
-        verdict = decide(p, *evidence([d], direction), np.array([stats.equivalence_p(d, smallest)]))
+        verdict = decide(direction, p, *evidence([d], direction), np.array([stats.equivalence_p(d, smallest)]))
         rows.append(dict(
             first=a, second=b, metric=metric, estimate=d.estimate, low=d.low, high=d.high, p_holm=p, n=d.n,
             better=dict(supported="first", refuted="second").get(verdict, verdict),

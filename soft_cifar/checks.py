@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['READABLE', 'FAR', 'MARKDOWN', 'LATEX_NAMES', 'LATEX', 'StudyError', 'InputError', 'DataError', 'brief', 'error_of',
-           'refused', 'one_of', 'boolean', 'number', 'shapes', 'this_file', 'is_ours', 'checkout', 'git', 'commit',
-           'expanded', 'project_path', 'carried', 'shown', 'one_line', 'escape_html', 'escape_markdown', 'escape_latex']
+           'refused', 'one_of', 'boolean', 'number', 'shapes', 'in_place_of', 'this_file', 'is_ours', 'checkout', 'git',
+           'commit', 'expanded', 'project_path', 'carried', 'shown', 'one_line', 'escape_html', 'escape_markdown',
+           'escape_latex']
 
 # %% ../nbs/00_checks.ipynb #fdc17475
-import difflib, html, math, re, reprlib, subprocess
+import contextlib, difflib, html, math, os, re, reprlib, subprocess
 from pathlib import Path
 
 # %% ../nbs/00_checks.ipynb #ebe3a215
@@ -106,6 +107,18 @@ def shapes(**tensors) -> None:
         if kind and tensor.is_floating_point() != (kind[0] == "floating"):
             raise InputError(f"{name} of type {tensor.dtype}, expected {kind[0]} numbers {expected}")
         known |= dict(zip(sizes, shape))
+
+# %% ../nbs/00_checks.ipynb #8c5e4d96
+@contextlib.contextmanager
+def in_place_of(path:Path):
+    """The path of a new file beside `path`, to be written. At the end it takes the place of `path`; after an error it is
+    gone, and what was there stays."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")     # with the rights that any file gets here
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        with contextlib.suppress(OSError): new.unlink(missing_ok=True)
 
 # %% ../nbs/00_checks.ipynb #cf5f8020
 def this_file() -> Path:

@@ -308,10 +308,10 @@ def evidence(differences:list[Difference], sign:int, smallest:float=math.nan) ->
     return np.where(right, p, 1.), np.where(right, 1., holm(p))
 
 # %% ../nbs/52_claims.ipynb #f05073c1
-def decide(adjusted:float, support:np.ndarray, refute:np.ndarray, equivalence:np.ndarray) -> str:
-    "The verdict on a claim with the `adjusted` p, from `evidence` and the equivalence p of each group."
+def decide(sign:int, adjusted:float, support:np.ndarray, refute:np.ndarray, equivalence:np.ndarray) -> str:
+    """The verdict on a claim of `sign` with the `adjusted` p, from `evidence` and the equivalence p of each group."""
     if adjusted < .05: return "supported" if support.max() < refute.min() else "refuted"
-    return "no difference that matters" if (equivalence < .05).all() else "undecided"
+    return "no difference that matters" if sign and (equivalence < .05).all() else "undecided"
 
 def named(group) -> str:
     "A group of contrasts by the cells of its first one, and by how many more there are."
@@ -345,10 +345,10 @@ def untested(claim:Claim, groups) -> dict:
         smallest=lookup(claim.metric).smallest, estimate=math.nan, low=math.nan, high=math.nan, n=n, p=math.nan,
         verdict=verdict, decisive="", detectable=math.nan)
 
-def conclusion(groups, support, refute, adjusted:float, smallest:float, alpha:float) -> dict:
-    "What becomes of a claim with `evidence` and the `adjusted` p: the entries of its row that depend on these."
+def conclusion(sign:int, groups, support, refute, adjusted:float, smallest:float, alpha:float) -> dict:
+    "What becomes of a claim of `sign` with `evidence` and the `adjusted` p: the entries of its row that depend on these."
     equivalence = np.array([equivalence_p(d, smallest) for _, d in groups])
-    verdict = decide(adjusted, support, refute, equivalence)
+    verdict = decide(sign, adjusted, support, refute, equivalence)
     decides = refute.argmin() if verdict == "refuted" else support.argmax()
     group, d = groups[decides]
     return dict(estimate=d.estimate, low=d.low, high=d.high, p=adjusted, verdict=verdict, decisive=named(group),
@@ -368,7 +368,8 @@ def verdicts(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
         family = [i for i, claim in enumerate(claims) if claim.metric == metric]
         for i, adjusted in zip(family, holm([p_of(i) for i in family])):
             if i not in weighed: continue
-            rows[i] |= conclusion(groups[i], *weighed[i], adjusted, rows[i]["smallest"], .05 / len(family))
+            level = .05 / len(family)
+            rows[i] |= conclusion(claims[i].sign, groups[i], *weighed[i], adjusted, rows[i]["smallest"], level)
     return pd.DataFrame(rows)
 
 def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:

@@ -67,7 +67,9 @@ def make_own(arguments, given:list[str]) -> None:
     some = [f"{name} {n:,}" for name, n in zip(made.classes, by_class)]
     if len(some) > MOST_CLASSES: some[MOST_CLASSES:] = [f"and {len(some) - MOST_CLASSES} more"]
     print("by majority:" if voted else "by label:", ", ".join(some))
-    if not voted: return print(f"without votes: papermill nbs/train.ipynb out.ipynb -p data {name} -p labels gold")
+    if not voted:
+        sizes = " ".join(f"-p {size} {n}" for size, n in own.sizes_of(made).items())
+        return print(f"without votes: papermill nbs/train.ipynb out.ipynb -p preset demo -p data {name} -p labels gold {sizes}")
     if not own.can_be_asked(made): return print(
         f"no study: it takes {own.FEWEST} images, {own.FEWEST // 5} of them to test (in the official test split, if "
         "there is one), and several votes on some of them")
@@ -149,11 +151,14 @@ def print_status(wanted:"study.Study", jobs:int=1) -> None:
     if wanted.left_out: print(wanted.left_out)
     table = study.status(wanted)
     if table.empty: return print(f"{wanted.name}: no runs")
-    counts = table.pivot_table(
+    def name(run): return ", ".join(word for word in (wanted.models[run.cell], run.labels, run.mix) if word != "none")
+    names = {run.cell: name(run) for run in wanted.runs}
+    counts = table.assign(cell=table.cell.map(names)).pivot_table(
         index="cell", columns="state", values="seed", aggfunc="count", fill_value=0, sort=False)
     print(counts.to_string())
     for row in table[table.error != ""].itertuples():
-        print(f"{row.state}: {row.cell} seed {row.seed}: {row.error}")
+        fold = "" if row.fold is None else f", fold {row.fold}"
+        print(f"{row.state}: {row.cell} seed {row.seed}{fold}: {row.error}")
         if row.notebook: print(f"  {row.notebook}")
     states = ", ".join(f"{n} {name}" for name, n in table.state.value_counts().items())
     left = seconds_left(wanted, table, jobs)
@@ -213,7 +218,7 @@ def report(arguments) -> None:
     notebook = compiled(path, place)
     notebook.cells = [cell for cell in notebook.cells if is_shown(cell)]
     page = Page(f"soft_cifar: {path.stem}", body_of(notebook, code=False))
-    (place / "index.html").write_text(page.html())
+    (place / "index.html").write_text(page.html(), encoding="utf-8")
     print(shown(place / "index.html"))
 
 # %% ../nbs/60_cli.ipynb #5a4ffd2f

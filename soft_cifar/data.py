@@ -9,7 +9,7 @@ __all__ = ['CIFAR10', 'ARRAYS', 'VOTES_SHA256', 'CIFAR10N_SHA256', 'PINNED', 'CO
            'load_oracle', 'is_here', 'load', 'build', 'with_official_test', 'split', 'fold_split']
 
 # %% ../nbs/02_data.ipynb #00400e79
-import contextlib, functools, hashlib, http.client, inspect, json, os
+import functools, hashlib, http.client, inspect, json, os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import Tensor
 from . import oracle
 from .arguments import modules_of
-from .checks import DataError, InputError, brief, number, one_of, project_path, shown
+from .checks import DataError, InputError, brief, in_place_of, number, one_of, project_path, shown
 from .official import Files
 
 # %% ../nbs/02_data.ipynb #c723ccad
@@ -73,7 +73,7 @@ class ImageSet:
         image = (*self.images.shape[1:3], 3)
         expected = dict(images=(torch.uint8, (N, *image)), labels=(torch.int64, (N,)),
                         counts=(torch.int64, (N, K)), held_out=(torch.bool, (N,)), soft=(torch.float64, (N, K)))
-        if self.annotations is not None: expected["annotations"] = torch.int64, (len(self.annotations), 3)
+        if self.annotations is not None: expected["annotations"] = torch.int64, (*self.annotations.shape[:1], 3)
         for field, (dtype, shape) in expected.items():
             array = getattr(self, field)
             if array is None and field in ("counts", "held_out", "soft"): continue
@@ -184,7 +184,7 @@ class ImageSet:
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         "Mean and standard deviation of each channel over all pixels in [0,1], [3] each: what a network normalises by."
-        value, pixels = torch.arange(256, dtype=torch.float64) / 255, self.images.view(-1, 3)
+        value, pixels = torch.arange(256, dtype=torch.float64) / 255, self.images.reshape(-1, 3)
         # how often each of 256 values occurs: exact, and without the images as floats
         counts = [torch.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
         share = torch.stack(counts).double() / len(pixels)
@@ -254,14 +254,10 @@ def write_archive(image_set:ImageSet, root=None, **meta) -> Path:
     path = data_root(root) / f"{image_set.name}.npz"
     arrays = {name: array.numpy() for name, array in image_set.arrays().items()}
     text = json.dumps(meta_of(image_set, **meta))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")     # with the rights that any file gets here
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file: np.savez_compressed(file, meta=text, **arrays)
-        os.replace(temporary, path)
-    except BaseException as error:     # an interruption, too
-        with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError): raise
+        with in_place_of(path) as new, open(new, "wb") as file: np.savez_compressed(file, meta=text, **arrays)
+    except OSError as error:
         raise DataError(
             f"cannot write {shown(path)} ({error.strerror}): free some space, or name a folder you can write to with "
             "$SOFT_CIFAR_DATA") from None
@@ -297,6 +293,8 @@ def open_archive(path:Path) -> tuple[ImageSet, dict]:
         unnamed = map(str, range(NUMBERED[name])) if name in NUMBERED else CIFAR10
         classes = tuple(meta.get("classes", unnamed))
         annotators = tuple(meta.get("annotators", ()))
+    except PermissionError as error:     # the archive may be whole
+        raise DataError(f"{shown(path)} cannot be read ({error.strerror}): see that you may, and try again") from None
     except Exception as error:     # somebody else's file: zip, zlib, NumPy, JSON and memory have errors of their own
         raise DataError(
             f"{shown(path)} is damaged or not a prepared archive ({type(error).__name__}: {brief(str(error))}). "
@@ -378,7 +376,7 @@ def load(name:str, root=None, download:bool=True) -> ImageSet:
     if name in ("oracle", "oracle_ood"): return load_oracle(name)
     path = data_root(root) / f"{name}.npz"
     if path.is_file(): return read_archive(path)
-    there = {archive.stem for archive in path.parent.glob("*.npz")}     # sets of one's own among them
+    there = {archive.stem for archive in path.parent.glob("*.npz") if "." not in archive.stem}     # and sets of one's own
     try: one_of("data", name, dict.fromkeys(["oracle", "oracle_ood", *builders(), *PREPARED, *sorted(there)]))
     except InputError as error: raise InputError(f"{error}. There is no {shown(path)}") from None
     return build(name, path, download)
@@ -416,9 +414,11 @@ def split(image_set:ImageSet, sizes:tuple, seed:int) -> tuple[ImageSet, ImageSet
     names = ("train_size", "validation_size", "test_size")
     train, validation, test = (number(n, size, int, low=1) for n, size in zip(names, sizes, strict=True))
     total = train + validation + test
-    if total > len(image_set): raise InputError(
-        f"a split of {train} + {validation} + {test} = {total} images is larger than {image_set.name} with "
-        f"{len(image_set)}: choose smaller sizes")
+    if total > len(image_set):
+        fit = (f"{name} {max(1, size * len(image_set) // total)}" for name, size in zip(names, sizes))
+        raise InputError(
+            f"a split of {train} + {validation} + {test} = {total} images is larger than {image_set.name} with "
+            f"{len(image_set)}: choose smaller sizes, such as {', '.join(fit)}")
     order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))
     if image_set.held_out is not None: order = with_official_test(image_set, order, test, train + validation)
     tested, validated, trained = order[:total].split([test, validation, train])

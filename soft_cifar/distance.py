@@ -14,8 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from .checks import escape_html
 from .claims import CELL, Results, by_unit, from_seeds
-from .metrics import DERIVED, at_own_temperature, lookup
-from .peterson import CLAIMS, MAIN, SETS, WAYS, fine_tuned, published, sets_of
+from .metrics import DERIVED, FURTHER_SETS, at_own_temperature, lookup
+from .peterson import CLAIMS, MAIN, WAYS, fine_tuned, published, sets_of
 from .plots import MARKERS, colors_of
 from .stats import paired_differences
 from .tables import KEYS, MORE, TITLES, among_titles, difference_row, from_to, in_a_breath, names_of
@@ -71,7 +71,7 @@ HEADS |= {other: head for metric, head in HEADS.items() if (other := at_own_temp
 def head(metric:str) -> str:
     "The heading of a column: where cross-entropy is measured, or what else."
     name = metric.removeprefix("shift_nll_").removeprefix("scaled_")
-    return HEADS.get(metric) or SETS.get(name) or name.replace("_", " ")
+    return HEADS.get(metric) or FURTHER_SETS.get(name) or name.replace("_", " ")
 
 def entry(row) -> str:
     "A row of `from_gold` as html."
@@ -100,7 +100,7 @@ def growth(ours:pd.DataFrame) -> str:
     tested = ours[ours.metric.str.startswith("shift_nll_rise_") & ours.estimate.notna()]
     if not len(tested): return "Cross-entropy less that of gold labels"
     row = tested.iloc[-1]
-    place = SETS[row.metric.removeprefix("shift_nll_rise_")]
+    place = FURTHER_SETS[row.metric.removeprefix("shift_nll_rise_")]
     verdict, _, where = row.verdict.partition(", ")
     said = {"supported": f"The gain grows from the hold-out to {place}",
             "refuted": f"The gain shrinks from the hold-out to {place}",
@@ -132,7 +132,7 @@ def by_distance(table:pd.DataFrame, ours:pd.DataFrame) -> Figure:
                     alpha=1 if strong else .55, zorder=3 if strong else 2)
     ax.axhline(0, color="grey", lw=.8)
     ax.set(ylabel="cross-entropy less the control's,\nnats (down is better)", xlim=(-.4, len(metrics) - .6))
-    places = ["hold-out" if name == "nll" else head(name) for name in metrics]
+    places = ["hold-out, gold labels" if name == "nll" else head(name) for name in metrics]
     ax.set_xticks(range(len(metrics)), [textwrap.fill(place, 11) for place in places])
     fig.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
     fig.suptitle(textwrap.fill(growth(ours), 48), fontsize=10)
@@ -188,7 +188,7 @@ def told(metric:str) -> str:
     "`metric` in words that name its images as the table does."
     if metric.startswith("shift_nll_"): return f"cross-entropy on {head(metric)}"
     if metric in ("fgsm_nll", "pgd_nll"): return f"cross-entropy {head(metric)}"
-    if metric.startswith("shift_accuracy_"): return f"accuracy on {SETS[metric.removeprefix('shift_accuracy_')]}"
+    if metric.startswith("shift_accuracy_"): return f"accuracy on {FURTHER_SETS[metric.removeprefix('shift_accuracy_')]}"
     return lookup(metric).title
 
 def change(row, measured:Results) -> str:

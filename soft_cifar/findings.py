@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'METHODS', 'ATTACKED', 'DRAWN', 'EXPLORED', 'varies', 'Findings', 'find', 'nearest_and_right', 'in_order',
-           'shifted', 'other_votes', 'judged', 'on_print', 'listed', 'by_metric', 'in_short', 'enough', 'swept', 'lead',
-           'on_claims']
+           'with_majority', 'shifted', 'other_votes', 'judged', 'on_print', 'listed', 'by_metric', 'in_short', 'enough',
+           'swept', 'lead', 'on_claims']
 
 # %% ../nbs/58_findings.ipynb #ee80b546
 import functools
@@ -28,8 +28,8 @@ ATTACKED = "fgsm_nll", "pgd_nll"                                        # and of
 DRAWN = "kl_humans", "nll", "accuracy"                                 # and of families, in the figure
 
 def varies(gathered:pd.DataFrame, parameter:str) -> bool:
-    "Whether there are runs with the same label source and another value of `parameter`."
-    return (gathered.groupby("labels")[parameter].nunique() > 1).any()
+    "Whether there are runs that `parameter` tells apart."
+    return len(plots.swept(gathered, parameter)) > 0
 
 @dataclass(frozen=True)
 class Findings:
@@ -118,6 +118,10 @@ def in_order(gathered:pd.DataFrame) -> list[str]:
     "The metrics of families: those of the figure first."
     return list(dict.fromkeys([*DRAWN, *PRIMARY, *shifted(gathered)]))
 
+def with_majority(rows:pd.DataFrame) -> pd.Series:
+    "Which rows of `tables.against_labels` are of labels that people's majority is a part of."
+    return rows.labels.map(lambda name: "base" in parameters_of(name)).astype(bool)
+
 def shifted(gathered:pd.DataFrame) -> list[str]:
     "The log losses on further test sets."
     return [name for name in gathered if name.startswith("shift_nll_") and "_scaled_" not in name]
@@ -164,13 +168,13 @@ def enough(found:Findings) -> list[str]:
 
 def swept(found:Findings) -> list[str]:
     "What the parameters that the study varies do, for each label source."
-    return [plots.sweep_title(runs, parameter, found.complete)
-            for parameter in found.varied for _, runs in found.gathered.groupby("labels", sort=False)
-            if runs[parameter].nunique() > 1]
+    return [plots.sweep_title(kind, runs, parameter, found.complete)
+            for parameter in found.varied for kind, runs in plots.swept(found.gathered, parameter).items()]
 
 def lead(found:Findings, page_of:Callable) -> str:
     "The answer of a study as Markdown. `page_of(name)` is a link to the report of another one."
     soft_hard, named = found.differences, escape_markdown(found.gathered.model.iloc[0])
+    beside, helped = found.beside_votes, with_majority(found.beside_votes)
     beside_hard = in_short(ahead, found.against) if not len(found.by_noise) else []
     wrong = with_wrong_labels(found.by_noise) if len(found.by_noise) else []
     paragraphs = [
@@ -183,7 +187,9 @@ def lead(found:Findings, page_of:Callable) -> str:
                 spending.findings(found.same_cost, found.on_average)),
         distance.headline(found.ours, found.results) if len(found.home) else "",
         *listed(f"Labels that networks write beside people's votes, {EXPLORED}",
-                in_short(tally, found.beside_votes, others=True)),
+                in_short(tally, beside[~helped], others=True)),
+        *listed(f"The majority of the votes with what a network answers, beside the votes, {EXPLORED}",
+                in_short(tally, beside[helped], others=True)),
         *listed("Better than hard labels, and by how much (exploratory, so without verdicts):", beside_hard),
         *listed(f"Beside *{named}*, {EXPLORED}", by_metric(sides, found.methods)),
         *on_claims(found, page_of)]

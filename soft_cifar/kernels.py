@@ -7,6 +7,7 @@ __all__ = ['run_papermill']
 
 # %% ../nbs/40_kernels.ipynb #ce260f9a
 import os
+import re
 from pathlib import Path
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -26,4 +27,5 @@ def run_papermill(notebook:str, output:Path, parameters:dict):
         root = project_path()
         # of the root of all files, every path starts there
         if output.is_file() and root != root.parent:
-            output.write_text(output.read_text().replace(f"{root}{os.sep}", ""))
+            here = re.compile(rf"(?<![\w./-]){re.escape(f'{root}{os.sep}')}")     # not the end of another path
+            output.write_text(here.sub("", output.read_text(encoding="utf-8")), encoding="utf-8")

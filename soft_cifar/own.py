@@ -17,7 +17,7 @@ import numpy as np, torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from . import data
-from .checks import DataError, InputError, brief, expanded, number, project_path, shown
+from .checks import DataError, InputError, brief, expanded, in_place_of, number, project_path, shown
 from .data import ImageSet
 from .datasets.cifar import THREE, human_labels
 from .parameters import label as folder_name
@@ -334,7 +334,7 @@ def write_study(image_set:ImageSet, file=None, root=None) -> Path:
     file = project_path(f"runs/{image_set.name}.yaml") if file is None else expanded(file).absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "x", encoding="utf-8") as new: new.write(study_of(image_set, root))
-    except FileExistsError: pass
+        if not file.exists():
+            with in_place_of(file) as new: new.write_text(study_of(image_set, root), encoding="utf-8")
     except OSError as error: raise DataError(f"cannot write {shown(file)} ({error.strerror})") from None
     return file

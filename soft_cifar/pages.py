@@ -65,7 +65,7 @@ def described(notebook) -> None:
 # %% ../nbs/54_pages.ipynb #301f8074
 def question(file:Path) -> str:
     "What the study `file` asks: the first question of its first comment, else that comment's first sentence."
-    comment = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
+    comment = " ".join(line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     sentences = re.findall(r"\S.*?[.?:](?=\s|$)", comment) or [file.stem]
     return next((sentence for sentence in sentences if sentence.endswith("?")), sentences[0])
 
@@ -222,7 +222,12 @@ pre code { background: none; padding: 0; font-size: 1em }
 img, svg { max-width: 100%; height: auto }
 img { background: #fff; border-radius: 4px }
 math[display=block] { overflow-x: auto; overflow-y: hidden; max-width: 100%; margin: .8rem 0; padding: .5rem 0 }
-.scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 4px }
+/* a shadow at an edge behind which there is more; over it, where there is not, paper that scrolls along */
+.scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 4px;
+  background: linear-gradient(to right, var(--paper) 40%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--line), transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll }
 td:first-child { min-width: 7rem }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: 100% }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }

@@ -471,7 +471,7 @@ def parameters_cell() -> str:
 def write_parameters_cell(notebook="nbs/train.ipynb") -> None:
     "Put `parameters_cell` into the `notebook`, where the tag `parameters` is."
     path = project_path(notebook)
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     [cell] = [cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     cell["source"] = parameters_cell().splitlines(keepends=True)
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -8,13 +8,14 @@ __all__ = ['HUMAN', 'MODEL', 'OTHER', 'FAULT', 'AXES', 'BETTER', 'NEGLIGIBLE', '
            'reliability_diagrams', 'calibration_column', 'f1_confidence', 'names_on_both_sides', 'principal', 'tsne',
            'in_the_plane', 'nearest_own_centre', 'penultimate', 'cases', 'listed', 'verdict_title', 'better_title',
            'forest', 'forest_panels', 'forest_panel', 'family_forest', 'answer', 'verdict_color', 'signed', 'colors_of',
-           'mark', 'words_of', 'best_title', 'tradeoff', 'tradeoff_panel', 'tradeoff_legend', 'sweep', 'sweep_curve',
-           'sweep_title', 'ood_scores', 'best_column', 'mean_entropies', 'entropy_against_people', 'cost']
+           'mark', 'words_of', 'best_title', 'tradeoff', 'tradeoff_panel', 'tradeoff_legend', 'swept', 'by_value',
+           'sweep', 'sweep_curve', 'sweep_title', 'ood_scores', 'best_column', 'mean_entropies',
+           'entropy_against_people', 'cost']
 
 # %% ../nbs/51_plots.ipynb #4a74eae2
 import io, textwrap
 from collections.abc import Mapping
-import matplotlib.pyplot as plt, seaborn as sns
+import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
 import torch
 from PIL import Image
 from matplotlib.figure import Figure
@@ -192,7 +193,7 @@ def nearest_own_centre(at:Tensor, labels:Tensor) -> float:
     "Share of points `at` [N,2] that lie nearest the mean of their own class, by class indices `labels` [N]."
     there = labels.unique()
     centres = torch.stack([at[labels == k].mean(0) for k in there])
-    own = torch.searchsorted(there, labels)
+    own = torch.searchsorted(there, labels.contiguous())
     return (torch.cdist(at, centres).argmin(1) == own).double().mean().item()
 
 def penultimate(features:Tensor, labels:Tensor, classes, method:str="pca") -> Figure:
@@ -257,6 +258,7 @@ def better_title(part, metric:str, base:str="hard labels") -> str:
     """How many rows of `metric` have an interval on the better side of `base`, and which, some of them by name; where no
     side is better, how many have one without zero."""
     entry = lookup(metric)
+    if part.low.isna().all(): return f"{entry.label}: one seed has no interval"
     above, below = (part.low > 0).sum(), (part.high < 0).sum()
     if not entry.direction: return f"{entry.label}: {above + below} of {len(part)} intervals exclude zero"
     ahead = on_the_better_side(part, entry)
@@ -272,12 +274,12 @@ def forest(differences, base:str="hard labels") -> Figure:
     pooled = differences[differences.configuration == "pooled"]
     if len(pooled):
         title = verdict_title(pooled)
-        meaning = "soft minus hard (green: soft is better; grey: what would not matter, and for a new sample)"
+        meaning = "soft minus hard (green: soft is better; grey band: what would not matter; grey line: new sample)"
     else:
         last = differences.metric.iloc[-1]
         title = better_title(differences[differences.metric == last], last, base)
-        meaning = (f"minus {base} (green: better than they; grey: what would not matter, and for a new sample of "
-                   "images)")
+        meaning = (f"minus {base} (green: better than they; grey band: what would not matter; grey line: for "
+                   "a new sample of images)")
     fig.suptitle("\n".join(textwrap.wrap(title, 40 * columns)), fontsize=10)
     fig.supxlabel(meaning, fontsize=9)
     return fig
@@ -304,7 +306,7 @@ def forest_panel(ax, metric:metrics.Metric, part) -> None:
         color, marker = ("black", "D") if row in ("pooled", ANOTHER) else (HUMAN, "o")
         ax.plot([d.pool_low, d.pool_high], [y, y], color="#bbb", lw=5, solid_capstyle="butt")
         ax.plot([d.low, d.high], [y, y], color=color, lw=1.3)
-        ax.plot(d.estimate, y, marker, color=color, ms=4.5)
+        ax.plot(d.estimate, y, marker, color=color, ms=4.5, clip_on=False)
     reach = max(map(abs, ax.get_xlim()))
     if metric.direction:
         ends = sorted([0, metric.direction * reach])
@@ -447,20 +449,33 @@ def tradeoff_legend(cells:list, names:dict, colors:dict) -> list:
             *(mark(mix, fillstyle=FILLS[mix]) for mix in mixes if mix != "none")]
 
 # %% ../nbs/51_plots.ipynb #0984661d
+def swept(gathered, parameter:str) -> dict:
+    """The runs that `parameter` tells apart, by what else does: label source, and where they vary loss, mix and
+    method."""
+    kinds = ["labels", *(kind for kind in ("loss", "mix", "method") if kind in gathered and gathered[kind].nunique() > 1)]
+    groups = gathered.groupby(kinds, sort=False)
+    return {", ".join(word for word in kind if word != "none"): runs
+            for kind, runs in groups if runs[parameter].nunique() > 1}
+
+def by_value(runs, parameter:str, name:str) -> pd.DataFrame:
+    "The metric `name` of `runs`: a row for each seed, or where there are folds each fold, a column a value of `parameter`."
+    folded = "folds" in runs and runs.folds.notna().all()
+    return runs.pivot_table(name, "fold" if folded else "seed", parameter)
+
 def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_humans"), title:str="") -> Figure:
-    """Metrics `names` against a numeric `parameter` of the runs, a curve per label source for which it varies: means
-    over seeds with 95% t intervals. All other cells are broken lines at their mean. The `title` is `sweep_title`, or
-    another."""
-    varies = [labels for labels, runs in gathered.groupby("labels", sort=False) if runs[parameter].nunique() > 1]
-    moving = gathered.labels.isin(varies)
-    colors, dashes = colors_of([*varies, *gathered[~moving].model.unique()]), ("--", ":", "-.")
+    """Metrics `names` against a numeric `parameter` of the runs, a curve for each kind of them that are `swept`: means
+    over seeds, or folds, with 95% t intervals. All other cells are broken lines at their mean. The `title` is
+    `sweep_title` of the first curve, or another."""
+    curves = swept(gathered, parameter)
+    moving = gathered.index.isin(pd.concat(curves.values()).index)
+    colors, dashes = colors_of([*curves, *gathered[~moving].model.unique()]), ("--", ":", "-.")
     values = sorted(gathered.loc[moving, parameter].unique())
     columns = min(3, len(names))
     lines = -(-len(names) // columns)     # rounded up
     fig, axes = plt.subplots(lines, columns, figsize=(3 * columns, .5 + 2.4 * lines), layout="constrained", squeeze=False)
     for ax in axes.flat[len(names):]: ax.axis("off")
     for ax, name in zip(axes.flat, names):
-        for labels in varies: sweep_curve(ax, gathered[gathered.labels == labels], parameter, name, colors[labels])
+        for kind, runs in curves.items(): sweep_curve(ax, kind, runs, parameter, name, colors[kind])
         for i, (model, runs) in enumerate(gathered[~moving].groupby("model", sort=False)):
             ax.axhline(runs[name].mean(), ls=dashes[i % 3], lw=1.4, color=colors[model], label=model)
         if values[0] > 0 and values[-1] > 10 * values[0]: ax.set_xscale("log")
@@ -469,33 +484,33 @@ def sweep(gathered, parameter:str, names=("accuracy", "nll", "ece_10", "kl_human
         ax.tick_params(labelsize=9)
         ax.set_xlabel(parameter)
         ax.set_title(lookup(name).label, fontsize=10)
-    title = title or sweep_title(gathered[gathered.labels == varies[0]], parameter, names)
+    title = title or sweep_title(*next(iter(curves.items())), parameter, names)
     fig.suptitle(textwrap.fill(title, 28 * columns), fontsize=10)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return fig
 
-def sweep_curve(ax, runs, parameter:str, name:str, color) -> None:
-    "Mean and interval of the metric `name` at each value of `parameter`, of `runs` of one label source."
-    groups, labels = runs.groupby(parameter)[name], runs.labels.iloc[0]
-    means = {value: paired_differences(seeds, 0 * seeds) for value, seeds in groups}
+def sweep_curve(ax, kind:str, runs, parameter:str, name:str, color) -> None:
+    "Mean and interval of the metric `name` at each value of `parameter`, of `runs` of one `kind`."
+    columns = by_value(runs, parameter, name)
+    means = {value: paired_differences(there, 0 * there) for value in columns for there in [columns[value].dropna()]}
     estimates = [m.estimate for m in means.values()]
     below = [m.estimate - m.low for m in means.values()]
     above = [m.high - m.estimate for m in means.values()]
-    ax.errorbar(list(means), estimates, [below, above], marker=MARKERS.get(labels, "8"), ms=5, capsize=2,
-                color=color, label=labels)
+    ax.errorbar(list(means), estimates, [below, above], marker=MARKERS.get(runs.labels.iloc[0], "8"), ms=5, capsize=2,
+                color=color, label=kind)
 
-def sweep_title(runs, parameter:str, names) -> str:
-    "What the first and the last of the metrics `names` gain from the least to the largest value of `parameter`."
-    labels, least, most = runs.labels.iloc[0], runs[parameter].min(), runs[parameter].max()
-    low, high = (runs[runs[parameter] == value].set_index("seed") for value in (least, most))
-    both = low.index.intersection(high.index)
+def sweep_title(kind:str, runs, parameter:str, names) -> str:
+    """What the first and the last of the metrics `names` gain from the least to the largest value of `parameter`, in
+    `runs` of one `kind`."""
+    least, most = runs[parameter].min(), runs[parameter].max()
     changes = []
     for name in dict.fromkeys((names[0], names[-1])):
-        d = paired_differences(high.loc[both, name], low.loc[both, name])
+        both = by_value(runs, parameter, name)[[least, most]].dropna()
+        d = paired_differences(both[most], both[least])
         metric = lookup(name)
         interval = f" [{metric.difference(d.low)}, {metric.difference(d.high)}]" if d.n > 1 else ""
         changes.append(f"{metric.title} {metric.difference(d.estimate)} {metric.unit}".rstrip() + interval)
-    what = parameter if parameter == labels else f"{labels}, {parameter}"
+    what = parameter if parameter == kind else f"{kind}, {parameter}"
     return f"{what} from {least:g} to {most:g}: " + "; ".join(changes)
 
 # %% ../nbs/51_plots.ipynb #1afae45d

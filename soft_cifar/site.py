@@ -112,7 +112,7 @@ class Report:
     def soup(self):
         "The page as it lies there, parsed."
         from bs4 import BeautifulSoup
-        return BeautifulSoup(project_path(self.source).read_text(), "html.parser")
+        return BeautifulSoup(project_path(self.source).read_text(encoding="utf-8"), "html.parser")
 
     @property
     def title(self) -> str:
@@ -136,10 +136,10 @@ def reports() -> list[Report]:
 
 # %% ../nbs/70_site.ipynb #927982ba
 def first_of(answer:str) -> str:
-    "The first paragraph or list of the HTML `answer`, and the next one where the first ends in a colon."
+    "The first paragraph or list of the HTML `answer`, and the next one where the first asks or ends in a colon."
     from bs4 import BeautifulSoup
     parts = BeautifulSoup(answer, "html.parser").find_all(["p", "ul"], recursive=False)
-    return "".join(map(str, parts[:2 if parts[0].get_text().rstrip().endswith(":") else 1]))
+    return "".join(map(str, parts[:2 if parts[0].get_text().rstrip().endswith((":", "?")) else 1]))
 
 def card(report:Report) -> str:
     "A report in the list of studies: question, answer, figure."
@@ -165,7 +165,7 @@ def row(lesson:Lesson) -> str:
 
 def home() -> Page:
     "The first page: what the README says before its second heading, the studies, the lessons."
-    head = re.split(r"^## ", project_path("README.md").read_text(), maxsplit=1, flags=re.M)[0]
+    head = re.split(r"^## ", project_path("README.md").read_text(encoding="utf-8"), maxsplit=1, flags=re.M)[0]
     made = reports()
     cards = "".join(map(card, made))
     rows = "".join(map(row, lessons()))
@@ -208,7 +208,7 @@ def written(page:Page, source:str, place:Path, files) -> None:
         name = f"{target.stem}-{number}.{data[1]}"
         (target.parent / name).write_bytes(base64.b64decode(data[2]))
         image["src"] = name
-    target.write_text(replace(page, navigation=navigation(source)).html(soup))
+    target.write_text(replace(page, navigation=navigation(source)).html(soup), encoding="utf-8")
 
 BUILT = ".nojekyll"     # in every site: GitHub leaves its pages as they are
 
@@ -236,7 +236,8 @@ def build(place) -> list[Path]:
             shutil.copyfile(root / file, partial / file)
         (partial / BUILT).touch()
         written(home(), "index.html", partial, files)
-        written(Page("soft_cifar: guide", markdown_html((root / "README.md").read_text())), "README.md", partial, files)
+        guide = markdown_html((root / "README.md").read_text(encoding="utf-8"))
+        written(Page("soft_cifar: guide", guide), "README.md", partial, files)
         for before, lesson, after in zip([None, *order], order, [*order[1:], None]):
             written(replace(lesson.page(), after=neighbours(before, after)), lesson.source, partial, files)
         for report in reports(): written(report.page(), report.source, partial, files)
@@ -270,7 +271,7 @@ def write_readme() -> None:
     shutil.rmtree(project_path(folder), ignore_errors=True)
     project_path(folder).mkdir()
     for path, data in figures.items(): project_path(path).write_bytes(data)
-    project_path("README.md").write_text(text)
+    project_path("README.md").write_text(text, encoding="utf-8")
 
 MEASURED = ("benchmark", "budget")     # notebooks that are reports themselves
 
@@ -286,12 +287,15 @@ def write_report(name:str) -> None:
         if re.match(r"[a-z]+:|#", link["href"]): continue
         link["href"] = posixpath.relpath(posixpath.join("nbs", link["href"]), f"report/{name}")
     page = Page(f"soft_cifar: {name}", str(soup))
-    project_path(f"report/{name}/index.html").write_text(page.html())
+    project_path(f"report/{name}/index.html").write_text(page.html(), encoding="utf-8")
 
 # %% ../nbs/70_site.ipynb #9f099f19
 def main(words) -> None:
     """`python -m soft_cifar.site FOLDER` builds the site there; `readme`, `benchmark` and `budget` write these pages.
     What stands in the way ends in its message and exit status 1."""
+    if any(word.startswith("-") for word in words): sys.exit(
+        f"python -m soft_cifar.site [FOLDER | readme | {' | '.join(MEASURED)}], not {' '.join(words)}: the site in a folder "
+        "(_site), or one page")
     if words == ["readme"]: return write_readme()
     if len(words) == 1 and words[0] in MEASURED: return write_report(words[0])
     place = project_path(words[0] if words else "_site")

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'COMPARED', 'BETTER', 'OPEN', 'ENOUGH', 'COSTLY', 'COSTS', 'WORSE', 'purchases', 'alternatives',
-           'at_same_cost', 'differs', 'rows_of', 'on_average', 'findings', 'missed', 'headline', 'compared', 'counted',
-           'by_spending', 'beside_all', 'against_all', 'beside', 'enough', 'needed', 'count', 'beside_rows']
+           'at_same_cost', 'differs', 'rows_of', 'on_average', 'findings', 'mean_of', 'missed', 'headline', 'compared',
+           'counted', 'by_spending', 'beside_all', 'against_all', 'beside', 'enough', 'needed', 'count', 'beside_rows']
 
 # %% ../nbs/57_spending.ipynb #c33a2285
 import itertools
+import math
 import pandas as pd
 from matplotlib.figure import Figure
 from . import budget
 from .checks import escape_html
 from .claims import CELL, Claim, Results, average, of_study
 from .metrics import lookup
-from .tables import KEYS, MORE, difference_row, extent
+from .tables import KEYS, MORE, difference_row, extent, with_own
 
 # %% ../nbs/57_spending.ipynb #7c0cc9e3
 ALIKE = ["method", "backbone", "depth", "loss", "noise"]     # what alternatives have in common, beside price and mixing
@@ -85,9 +86,15 @@ def findings(found:pd.DataFrame, means:pd.DataFrame) -> list[str]:
     """For each metric of `at_same_cost` that could be compared what is better, in how many pairs, and by how much; what
     is likely to be missed; and what the `means` of `on_average` say."""
     known = {row.metric: row for row in means.itertuples() if row.n > 1}
-    def on_the_whole(metric): return f"; on average {extent(known[metric])}, exploratory" if metric in known else ""
+    def on_the_whole(metric): return f"; on average {mean_of(known[metric])}, exploratory" if metric in known else ""
     return [f"{counted(part)} ({budget.how_much(part)}{missed(part)}){on_the_whole(part.metric.iloc[0])}"
             for part in compared(found)]
+
+def mean_of(row) -> str:
+    "A row of `on_average` in words, with what it is for a new sample of images."
+    if math.isnan(row.pool_low): return with_own(row)
+    low, high = map(lookup(row.metric).difference, (row.pool_low, row.pool_high))
+    return f"{with_own(row)}, for a new sample of images [{low}, {high}]"
 
 def missed(part:pd.DataFrame) -> str:
     "From what size on the pairs of one metric that are undecided would have been decided, four times out of five."
@@ -167,13 +174,13 @@ def needed(part:pd.DataFrame) -> str:
             return (f"{title}: their majority is at {extent(row)} beside all votes ({row.better}), so nothing is seen of which "
                     "fewer could be enough")
     there = enough(part)
-    gain = [f"their majority is at {extent(row)}" for row in majority.itertuples()]
-    fewer = gain + [f"{count(row.votes)} at {extent(row)} ({row.better})"
+    gain = [f"their majority is at {with_own(row)}" for row in majority.itertuples()]
+    fewer = gain + [f"{count(row.votes)} at {with_own(row)} ({row.better})"
                     for row in some.drop(there.index).iloc[-1:].itertuples()]
     if not len(there): return "; ".join([f"{title}: none of {', '.join(some.votes.map(str))} is known to be enough", *fewer])
-    first, here = there.iloc[0], " on these images" if there.better.str.contains("on these images").any() else ""
+    first, here = next(there.itertuples()), " on these images" if there.better.str.contains("on these images").any() else ""
     many = f"{count(first.votes)} of an image {'is' if first.votes == 1 else 'are'} enough{here}"
-    return "; ".join([f"{title}: {many}, at {extent(first)} beside all", *fewer])
+    return "; ".join([f"{title}: {many}, at {with_own(first)} beside all", *fewer])
 
 def count(votes:int) -> str:
     "So many votes, in words."

@@ -135,6 +135,7 @@ def per_image(kept:dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     shapes(log_probs=(kept["log_probs"], "NK", "floating"), labels=(kept["labels"], "N", "whole"),
            **{name: (kept[name], "NK") for name in answers if name in kept})
     log_probs, labels = kept["log_probs"].double(), kept["labels"]
+    metrics.check_labels(labels, log_probs.shape[1])
     confidence, predicted = log_probs.exp().max(1)
     true_log_prob, right = log_probs.gather(1, labels[:, None])[:, 0], predicted == labels
     one_hot = metrics.distribution(labels, log_probs.shape[1])

@@ -7,7 +7,7 @@ __all__ = ['EXAMPLE', 'MOST', 'FLOAT', 'NUMBERS', 'KEYS', 'OWN', 'ANYWHERE', 'QU
            'read', 'check_model', 'check_own', 'check', 'check_numbers', 'is_present', 'at_place', 'check_teacher',
            'check_init', 'units_of', 'learnt_from', 'cells_of', 'names_learnt_from', 'expand', 'check_formats',
            'reused', 'can_teach', 'borrow', 'select', 'Study', 'load', 'meant', 'finished', 'last_error', 'state',
-           'status', 'sharing_cores', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers',
+           'status', 'thread_limit', 'answered', 'begun', 'client_of', 'workers_of', 'local_workers', 'workers',
            'write_token', 'meeting', 'set_aside', 'tidy', 'check_parents', 'submit', 'failure_of', 'follow', 'execute',
            'origin_of', 'pairing', 'row_of', 'gather', 'Predictions', 'where_mixed', 'caveats']
 
@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 import dask, pandas as pd, psutil, torch, yaml
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from . import data, models, runs
 from .checks import DataError, InputError, StudyError, boolean, brief, number, one_of, shown
 from .parameters import Run
-from .worker import compare, cores, host_of, notebook_of, run_notebook, standing, sweep
+from .worker import compare, host_of, notebook_of, run_notebook, standing, sweep
 
 # %% ../nbs/41_study.ipynb #33af245a
 EXAMPLE = "a study is a YAML file such as runs/demo.yaml"
@@ -303,11 +302,16 @@ def borrow(made:list, studies:list) -> list[tuple[Run, str]]:
     return [(nearest.get((run.cell, run.unit), run), model) for run, model in made]
 
 def select(made:list, only:str|None, models) -> list[tuple[Run, str]]:
-    "Of the pairs `made` those whose model type or cell contains `only`, and what they learn from. Raises `InputError`."
+    "Of the pairs `made` those whose model type or cell contains `only`, and what these learn from. Raises `InputError`."
     if only is None: return made
-    chosen = {run for run, model in made if only in model or only in run.cell}
-    teachers = {folder for run in chosen for folder in runs.parents(run)}
-    found = [(run, model) for run, model in made if run in chosen or shown(run.folder) in teachers]
+    by_folder, chosen = {shown(run.folder): run for run, _ in made}, set()
+    waiting = [run for run, model in made if only in model or only in run.cell]
+    while waiting:
+        run = waiting.pop()
+        if run in chosen: continue
+        chosen.add(run)
+        waiting += [by_folder[folder] for folder in runs.parents(run) if folder in by_folder]
+    found = [(run, model) for run, model in made if run in chosen]
     if not found: raise InputError(f"no cell contains {only!r}; model types are {', '.join(models)}")
     return found
 
@@ -355,6 +359,9 @@ def load(path, seeds:list[int]|None=None, only:str|None=None, within:tuple=()) -
         check_formats(run for run, _ in made)
         made = borrow(made, others)
         made = select(made, only, models)
+    if len(splits := {run.folds for run, _ in made}) > 1: raise InputError(
+        f"folds: {' and '.join(sorted(map(str, splits)))} in one study, expected the same in all: runs of one seed and fold "
+        "are compared. Set folds in `shared`, or make two studies")
     made.sort(key=lambda pair: (seeds.index(pair[0].seed), -1 if pair[0].fold is None else pair[0].fold))
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
@@ -385,7 +392,7 @@ def finished(run:Run) -> dict:
 def last_error(notebook:Path) -> str:
     "The error that an executed notebook ends in, on one line; an empty text if there is none, or no notebook."
     try:
-        cells = json.loads(notebook.read_text())["cells"]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         outputs = [output for cell in cells for output in cell.get("outputs", [])]
         failed = [output for output in outputs if output["output_type"] == "error"]
         errors = [f"{output['ename']}: {output['evalue']}".strip() for output in failed]
@@ -404,21 +411,20 @@ def state(run:Run) -> tuple[str, str]:
     return ("failed", error) if error else ("pending", "")
 
 def status(study:Study) -> pd.DataFrame:
-    "One row per run: model, cell, seed, state, what went wrong, and the notebook to open."
+    "One row per run: model, cell, seed, fold, state, what went wrong, and the notebook to open."
     rows = []
     for run in study.runs:
         found, error = state(run)
         notebooks = dict(done=run.folder / "train.ipynb", failed=notebook_of(run.folder))
         notebook = shown(notebooks[found]) if found in notebooks else ""
-        rows.append((study.models[run.cell], run.cell, run.seed, found, error, notebook))
-    return pd.DataFrame(rows, columns=["model", "cell", "seed", "state", "error", "notebook"])
+        rows.append((study.models[run.cell], run.cell, run.seed, run.fold, found, error, notebook))
+    return pd.DataFrame(rows, columns=["model", "cell", "seed", "fold", "state", "error", "notebook"])
 
 # %% ../nbs/41_study.ipynb #e061e16d
-def sharing_cores(jobs:int) -> int|Fraction:
-    """How many runs at a time share the cores of this machine: `jobs`, or more where OMP_NUM_THREADS gives a run less.
-    That need not be a whole number: on 8 cores, runs of 3 threads are 8/3."""
+def thread_limit() -> int:
+    "How many threads $OMP_NUM_THREADS leaves a run; 0 where it sets no limit."
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return max(jobs, Fraction(cores(), int(limit))) if limit.isdecimal() and int(limit) else jobs
+    return int(limit) if limit.isdecimal() else 0
 
 # %% ../nbs/41_study.ipynb #0087e094
 @contextlib.contextmanager
@@ -465,7 +471,7 @@ def local_workers(jobs:int, most:int):
     cluster = partial(LocalCluster, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0",
                       silence_logs="CRITICAL")
     with dask.config.set(QUIET), begun(cluster, n_workers=min(jobs, most)) as here, begun(Client, here) as client:
-        yield client, {worker["host"]: sharing_cores(jobs) for worker in workers_of(client)}
+        yield client, {worker["host"]: jobs for worker in workers_of(client)}
 
 @contextlib.contextmanager
 def workers(jobs:int, scheduler:str|None, most:int, patience:int=10):
@@ -493,10 +499,11 @@ def write_token(folder:Path) -> Path:
     token = folder / f".{uuid.uuid4().hex}.{host}.{os.getpid()}.here"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.here"):
+        for left in folder.glob(".*.*.*.here"):
             _, _, *named, owner, _ = left.name.split(".")     # a host's name may have dots
             # a process of that number may live on another host, where nobody here can see it
-            if ".".join(named) == host and not psutil.pid_exists(int(owner)): left.unlink(missing_ok=True)
+            if ".".join(named) != host or not owner.isdecimal(): continue
+            if not psutil.pid_exists(int(owner)): left.unlink(missing_ok=True)
         token.write_text(token.name)
     except OSError as error:
         raise DataError(f"cannot write to {shown(folder)} ({error.strerror}): free some space, "
@@ -554,8 +561,8 @@ def submit(client, wanted:list[Run], sharing:dict, token:str, ours:dict|None) ->
         teachers = [made[folder] for folder in runs.parents(run) if folder in made]
         # a key of its own, since Dask gives an equal one the result that it already has; in the order given, if it can
         folder = shown(run.folder)
-        task = client.submit(run_notebook, run.as_json(), folder, sharing, teachers, token, ours, pure=False, priority=-n,
-                             key=f"{run.cell}/{run.folder.name}-{os.getpid()}-{begun}")
+        task = client.submit(run_notebook, run.as_json(), folder, sharing, teachers, token, ours, thread_limit(),
+                             pure=False, priority=-n, key=f"{run.cell}/{run.folder.name}-{os.getpid()}-{begun}")
         made[folder] = task
         tasks[task] = run
     return tasks
@@ -681,10 +688,11 @@ SHARED = ("preset", "data", "data_fingerprint", "data_encoding", "ood", "ood_fin
 CHOSEN = ("preset", "train_size", "epochs", "test_labels")     # of these, what a study may compare
 
 def where_mixed(gathered:pd.DataFrame, column:str) -> str:
-    "In how many seeds runs of one seed, which are compared in pairs, differ in `column` of the table `gathered`."
+    "In how many groups of runs of one `pairing`, which are compared, these differ in `column` of the table `gathered`."
     kinds = gathered[column].astype(str).groupby(gathered.seed).nunique()
     mixed = (kinds > 1).sum()
-    return f"in {mixed} of {len(kinds)} seeds, whose differences it bears on" if mixed else "never within a seed"
+    if not mixed: return "never among paired runs"
+    return f"in {mixed} of {len(kinds)} groups of paired runs, whose differences it bears on"
 
 def caveats(study:Study, gathered:pd.DataFrame) -> list[str]:
     """What a reader of a table of `gathered` has to know: cells that lack seeds, and runs that differ in what

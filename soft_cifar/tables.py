@@ -8,10 +8,10 @@ __all__ = ['HUMAN_ROW', 'ACCURATE', 'STYLES', 'ESCAPES', 'KEYS', 'MORE', 'ANOTHE
            'wide', 'markdown', 'latex', 'html', 'difference_row', 'pairs_of', 'in_words', 'soft_minus_hard',
            'with_verdicts', 'names_of', 'against', 'against_labels', 'against_hard', 'against_hard_by', 'against_first',
            'families_of', 'by_family', 'family_rows', 'family_values', 'pooled_row', 'between', 'extent', 'own_extent',
-           'amount', 'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'by_side', 'tally', 'sides',
-           'with_wrong_labels', 'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles',
-           'in_a_breath', 'headline', 'claim_sentences', 'readable', 'verdict_text', 'claims_beside', 'softness',
-           'family_table', 'between_table', 'family_sentence', 'family_finding']
+           'with_own', 'amount', 'amounts', 'on_the_better_side', 'extents', 'at_own', 'ahead', 'by_side', 'tally',
+           'sides', 'with_wrong_labels', 'doubt', 'with_a_verdict', 'finding', 'from_to', 'change', 'among_titles',
+           'in_a_breath', 'headline', 'early', 'claim_sentences', 'readable', 'verdict_text', 'claims_beside',
+           'softness', 'family_table', 'between_table', 'family_sentence', 'family_finding']
 
 # %% ../nbs/53_tables.ipynb #3cf4672b
 import math
@@ -218,22 +218,25 @@ def names_of(cells) -> dict[tuple, str]:
     return {cell: name(cell) or cell[0] for cell in cells}
 
 def against(gathered:pd.DataFrame, base_of:Callable, metrics, measured:Results|None=None) -> pd.DataFrame:
-    "One row per metric and cell with a base, `base_of(cell)`: its difference to that; columns as `soft_minus_hard`."
+    """One row per metric and cell with a base, `base_of(cell)`: its difference to that; columns as `soft_minus_hard`,
+    and the cell's."""
     measured = measured or results(gathered)
     cells = names_of(gathered[CELL].itertuples(index=False, name=None))
     bases = {cell: base for cell in cells if (base := base_of(cell))}
-    rows = [row for metric in metrics for cell, base in bases.items()
+    rows = [row | dict(zip(CELL, cell)) for metric in metrics for cell, base in bases.items()
             for row in difference_row(measured, metric, cells[cell], ((cell, base),))]
-    return pd.DataFrame(rows, columns=KEYS + MORE)
+    return pd.DataFrame(rows, columns=KEYS + MORE + CELL)
 
 def against_labels(labels:str, gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     """One row per metric and cell that is not trained on `labels` with cross-entropy: its difference to the cell of
-    the same model type and mix that is, or to the study's first one. Columns as `soft_minus_hard`; rows by
-    `names_of`."""
+    the same mix that is, of its model type if there is one, or else the study's first. Without such a cell there is no
+    row: mixing makes a difference of its own. Columns as `against`; rows by `names_of`."""
     plain = gathered[(gathered.labels == labels) & (gathered.loss == "cross_entropy")]
     bases = list(dict.fromkeys(plain[CELL].itertuples(index=False, name=None)))
-    def base_of(cell): return next((base for base in bases if (base[0], base[2]) == (cell[0], cell[2])), bases[0])
-    return against(gathered, lambda cell: base_of(cell) if bases and cell not in bases else None, metrics, measured)
+    def base_of(cell):
+        alike = [base for base in bases if base[2] == cell[2] and cell not in bases]
+        return next((base for base in alike if base[0] == cell[0]), next(iter(alike), None))
+    return against(gathered, base_of, metrics, measured)
 
 def against_hard(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.DataFrame:
     "`against_labels` for hard ones."
@@ -271,13 +274,12 @@ def by_family(gathered:pd.DataFrame, metrics, measured:Results|None=None) -> pd.
     `soft_minus_hard`; one, `pooled`, for the mean over families, with what is `BETWEEN` them; and one with the ends
     between which `ANOTHER` family is expected. All on the seeds that every family has; without rows unless
     `families_of` finds two."""
-    measured, families, rows = measured or results(gathered), families_of(gathered), []
-    for metric in metrics if families else ():
-        rows += family_rows(measured, metric, families)
-        if len(rows) and rows[0]["metric"] == metric:     # the first one decides the order
-            order = sorted(rows[:len(families)], key=lambda row: row["estimate"])
-            families = {row["configuration"]: families[row["configuration"]] for row in order}
-            rows = [*order, *rows[len(families):]]
+    measured, families = measured or results(gathered), families_of(gathered)
+    found = [family_rows(measured, metric, families) for metric in metrics] if families else []
+    first = next(filter(None, found), [])[:len(families)]     # whose rows decide the order
+    by_gain = [row["configuration"] for row in sorted(first, key=lambda row: row["estimate"])]
+    place = {name: i for i, name in enumerate([*by_gain, "pooled", ANOTHER])}
+    rows = [row for part in found for row in sorted(part, key=lambda row: place[row["configuration"]])]
     return pd.DataFrame(rows, columns=KEYS + MORE + BETWEEN)
 
 def family_rows(measured:Results, metric:str, families:dict) -> list[dict]:
@@ -309,7 +311,9 @@ def pooled_row(metric:str, effects:RandomEffects, values:np.ndarray, share:float
     "What the mean over families, and what is between them, say of `values` [K,S]; `share` as `Results` has it."
     entry, mean = lookup(metric), effects.mean
     pool = nadeau_bengio_families(values, share, 1) if share > 0 else Difference(mean.estimate, *[math.nan] * 3, mean.n)
-    def judged(d): return decide(d.p, *evidence([d], entry.direction), np.array([equivalence_p(d, entry.smallest)]))
+    def judged(d):
+        equivalence = np.array([equivalence_p(d, entry.smallest)])
+        return decide(entry.direction, d.p, *evidence([d], entry.direction), equivalence)
     verdict = judged(mean) if entry.primary else ""
     if verdict not in ("", "undecided", judged(pool)): verdict += ", on these images"
     verdict = verdict.replace("supported", "better").replace("refuted", "worse")
@@ -340,6 +344,11 @@ def own_extent(row) -> str:
     if math.isnan(row.own_low): return ""
     return extent(row._replace(estimate=row.own_estimate, low=row.own_low, high=row.own_high))
 
+def with_own(row) -> str:
+    "The `extent` of a row of differences, and what it is with each network at its own temperature, where that is known."
+    own = own_extent(row)
+    return extent(row) + (f", at own temperatures {own}" if own else "")
+
 def amount(row) -> str:
     "The metric, estimate and interval of a row of differences."
     return f"{lookup(row.metric).title} ({extent(row)})"
@@ -364,6 +373,7 @@ def at_own(part:pd.DataFrame) -> pd.DataFrame:
 def ahead(part:pd.DataFrame) -> str:
     "Which rows of one metric of `against_hard` have an interval on the better side, and by how much, most first."
     metric = lookup(part.metric.iloc[0])
+    if part.low.isna().all(): return f"{metric.title}: one seed has no interval"
     better = on_the_better_side(part, metric)
     far_first = better.loc[(better.estimate * metric.direction).sort_values(ascending=False).index]
     found = extents(far_first)
@@ -496,18 +506,22 @@ def headline(differences:pd.DataFrame, gathered:pd.DataFrame) -> str:
     for row in promised.itertuples(): said[among_titles(row)].append(change(gathered, row.metric))
     return in_a_breath(said, "From the majority label to the votes")
 
+def early(row) -> bool:
+    "Whether it is too early for a verdict on a claim: on each of many, not all are compared, and none refutes it."
+    open_ = not row.verdict.startswith(("refuted", "not testable"))
+    return row.kind != "average" and 0 < row.compared < row.of and open_
+
 def claim_sentences(rows:pd.DataFrame) -> list[str]:
     """What `claims.of_study` decided, a sentence per claim that is not undecided. One comparison can refute a claim on
     each of many; whatever else is said of it takes all of them."""
-    decided = rows[rows.verdict.str.startswith(("supported", "refuted", "no difference"))]
-    early = (decided.kind != "average") & (decided.compared < decided.of) & ~decided.verdict.str.startswith("refuted")
-    decided = decided[~early]
+    decided = [row for row in rows.itertuples()
+               if row.verdict.startswith(("supported", "refuted", "no difference")) and not early(row)]
     def said(row):
         own = own_extent(row)
         left = f" ({extent(row)}; with each network at its own temperature {own})" if own else ""
         if row.compared == row.of: return row.verdict + left
         return f"{row.verdict} as far as these runs go, which make {row.compared} of its {row.of} comparisons{left}"
-    return [f"*{row.claim}*: {said(row)}" for row in decided.itertuples()]
+    return [f"*{row.claim}*: {said(row)}" for row in decided]
 
 # %% ../nbs/53_tables.ipynb #f3d51c74
 def readable(differences:pd.DataFrame) -> list[list[str]]:
@@ -526,9 +540,10 @@ def readable(differences:pd.DataFrame) -> list[list[str]]:
 def verdict_text(row) -> str:
     "A verdict with its numbers, as html."
     parts = [f"<b>{row.verdict}</b>"]
-    if 0 < row.compared < row.of: parts[0] += f" on {row.compared} of {row.of} comparisons"
+    if early(row): parts = [f"<b>open</b>: {row.verdict} in the {row.compared} of {row.of} comparisons that there are"]
+    elif 0 < row.compared < row.of: parts[0] += f" on {row.compared} of {row.of} comparisons"
     if not math.isnan(row.estimate):
-        parts.append(f"{row.estimate:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p = {row.p:.2g}")
+        parts.append(f"{row.estimate:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p (Holm) = {row.p:.2g}")
         parts.append(f"<small>{row.decisive}</small>")
     if row.verdict == "undecided": parts.append(f"<small>seen from {row.detectable:.3f}</small>")
     return "<br>".join(parts)

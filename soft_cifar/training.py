@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['learning_rate', 'epoch_seed', 'shuffled', 'batch', 'Progress', 'duration', 'Trainer', 'validate', 'SGD', 'sgd',
            'identity', 'code', 'write_checkpoint', 'start_over', 'read_checkpoint', 'fits', 'keep_freed_memory',
-           'Diverged', 'Checkpoint', 'check_finite', 'measured_epoch', 'as_it_is', 'fit', 'step_seconds',
+           'Diverged', 'Checkpoint', 'check_finite', 'measured_epoch', 'as_it_is', 'sources_of', 'fit', 'epoch_seconds',
            'named_device', 'plan']
 
 # %% ../nbs/31_training.ipynb #f2f5bbb8
-import contextlib, ctypes, functools, inspect, io, math, os, platform, time
+import ctypes, functools, inspect, io, math, platform, time
 from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
 from . import augment, labels as label_sources, losses, models, parameters, runs
-from .checks import DataError, StudyError, shown
+from .checks import DataError, StudyError, in_place_of, shown
 from .data import ImageSet
 from .parameters import Run, digest
 
@@ -227,12 +227,9 @@ def write_checkpoint(path:Path, state:dict) -> None:
     """Write `state` to `path`, atomically, after its sha256. Raises `DataError` where it cannot be written; what was
     there before stays, and nothing else."""
     content = runs.as_bytes(state)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(digest(content).encode() + content)
-        os.replace(temporary, path)
+        with in_place_of(path) as new: new.write_bytes(digest(content).encode() + content)
     except OSError as error:
-        with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
         gone = "the folder was removed" if not path.parent.is_dir() else error.strerror
         raise DataError(
             f"cannot write the checkpoint {shown(path)} ({gone}): make room, or see that the folder is left alone, and "
@@ -333,6 +330,12 @@ def as_it_is(classifier, pixels:Tensor, train_targets:Tensor, validation_pixels:
     return dict(epoch=0, lr=0., train_loss=train_loss, validation_loss=validation_loss, validation_accuracy=accuracy,
                 seconds=time.perf_counter() - start)
 
+def sources_of(run:Run, *parts:ImageSet) -> list:
+    "The label source of `run` over each of `parts`, on its device."
+    torch.manual_seed(run.seed)     # for teachers that answer at random
+    teachers = dict(teachers=runs.teachers(run)) if run.teachers else {}
+    return [label_sources.create(run.labels, part, **run.source, **teachers).to(run.on) for part in parts]
+
 def fit(
     classifier,                   # from `models.create`; trained in place, ends with its best weights
     train:ImageSet,
@@ -347,10 +350,8 @@ def fit(
     keep_freed_memory()
     progress = progress or Progress(run.epochs)
     classifier.to(run.on, memory_format=classifier.memory_format)
-    torch.manual_seed(run.seed)     # for teachers that answer at random
-    teachers = dict(teachers=runs.teachers(run)) if run.teachers else {}
-    def source_of(part): return label_sources.create(run.labels, part, **run.source, **teachers).to(run.on)
-    source, targets = source_of(train), source_of(validation).table
+    source, of_validation = sources_of(run, train, validation)
+    targets = of_validation.table
     pixels, validation_pixels = train.pixels(run.on), validation.pixels(run.on)
     if source.remark: print(source.remark)
     if not run.epochs: return [as_it_is(classifier, pixels, source.table, validation_pixels, targets)]
@@ -371,27 +372,24 @@ def fit(
     return history
 
 # %% ../nbs/31_training.ipynb #f242e767
-def step_seconds(classifier, train:ImageSet, run:Run) -> float:
-    "Seconds of a training step: of each kind the fastest of three, averaged over the kinds that take turns."
+def epoch_seconds(classifier, train:ImageSet, run:Run) -> float:
+    """Seconds of an epoch of `run`, from a few of its steps: of each kind the fastest of three, averaged over the kinds
+    that take turns."""
     keep_freed_memory()     # as `fit` does: without, a step may take twice as long
-    generator = torch.Generator(run.on).manual_seed(0)
-    pixels = train.first(min(run.batch_size, len(train))).pixels(run.on)
-    K = len(train.classes)
-    targets = torch.full((len(pixels), K), 1 / K, device=run.on)
     classifier.to(run.on, memory_format=classifier.memory_format)
-    classifier.network.bfloat16 = run.computes_in == "bfloat16"
-    optimiser = sgd(classifier, run)
+    [source] = sources_of(run, train)
+    trainer = Trainer(classifier, sgd(classifier, run), train.pixels(run.on), source, run)
+    classifier.train()
+    classifier.start_epoch(0)
+    first, *others = shuffled(trainer.pixels, source, run, trainer.generator.manual_seed(0))
     times = {turn: [] for turn in range(classifier.period)}
     for step in range(4 * classifier.period):     # the first of each kind does not count
         start = time.perf_counter()
         classifier.turn = step % classifier.period
-        x = augment.augment(pixels, generator) if run.augment else pixels
-        loss = classifier.loss(x, targets)
-        loss.backward()
-        optimiser.step()
-        loss.item()     # waits for the device
+        trainer.step(first)
+        trainer.total.item()     # waits for the device
         times[classifier.turn].append(time.perf_counter() - start)
-    return sum(min(spent[1:]) for spent in times.values()) / classifier.period
+    return (1 + len(others)) * sum(min(spent[1:]) for spent in times.values()) / classifier.period
 
 def named_device(run:Run) -> str:
     "The device of `run` in words."
@@ -406,7 +404,7 @@ def plan(run:Run, train:ImageSet) -> str:
     steps = math.ceil(len(train) / run.batch_size) * run.epochs
     if steps <= 16 * classifier.period: effort = f"{steps} steps"
     else:
-        seconds = step_seconds(classifier, train, run) * steps
+        seconds = epoch_seconds(classifier, train, run) * run.epochs
         about = "at most" if run.on.type == "cuda" else "about"     # recorded steps only make it less
         advice = "" if seconds < 1200 else ". For a first look in minutes: preset='demo'"
         effort = f"{about} {duration(seconds)}{advice}"

@@ -100,5 +100,7 @@ def create(name:str, image_set:ImageSet|Tensor|np.ndarray, /, **parameters) -> T
     """The label source `name` over `image_set`, or over votes alone, counts [N,K]. Raises `InputError` for an unknown
     name or parameter, `DataError` where it needs votes, labels or images and there are none."""
     if isinstance(image_set, (Tensor, np.ndarray)): image_set = Votes(tensor_of(image_set))
+    if len(image_set.classes) < 2: raise InputError(
+        f"{image_set.name} has {len(image_set.classes)} class, expected two or more: with one there is nothing to learn")
     for parameter in parameters: one_of(f"labels {name!r}: parameter", parameter, parameters_of(name))
     return sources()[one_of("labels", name, sources())](image_set, **parameters)

@@ -148,24 +148,22 @@ def noisy(image_set:ImageSet, noise:float, seed:int, spared:Tensor|None=None) ->
     """`image_set` with symmetric label noise: in a share `noise` of the images, by `seed`, the majority class (where
     nobody voted, the label) changes places with another class, in votes, soft labels and label. Images at the positions
     `spared` stay as they are, and are not counted. Raises `InputError` for a share outside [0,1]."""
-    g, K = torch.Generator().manual_seed(seed), len(image_set.classes)
-    order = torch.randperm(len(image_set), generator=g)
+    N, K, g = len(image_set), len(image_set.classes), torch.Generator().manual_seed(seed)
+    order = torch.randperm(N, generator=g)
     if spared is not None: order = order[~torch.isin(order, spared)]
-    count = round(number("noise", noise, low=0, high=1) * len(order))
-    wrong = order[:count]
-    given = image_set.soft if image_set.counts is None else image_set.counts
-    was = (image_set.labels if given is None else image_set.majority)[wrong]
-    now = (was + torch.randint(1, K, (count,), generator=g)) % K
-    was, now = was[:, None], now[:, None]
-    # row i: which class goes where
-    place = torch.arange(K).repeat(count, 1).scatter(1, was, now).scatter(1, now, was)
-    labels = image_set.labels.index_copy(0, wrong, place.gather(1, image_set.labels[wrong, None])[:, 0])
-    if given is None: return replace(image_set, labels=labels)
-    given = given.index_copy(0, wrong, given[wrong].gather(1, place))
-    if image_set.counts is None: return replace(image_set, labels=labels, soft=given)
-    counts = given
-    if image_set.annotations is None: return replace(image_set, labels=labels, counts=counts)
-    everywhere = torch.arange(K).repeat(len(image_set), 1).index_copy(0, wrong, place)
-    image, annotator, label = image_set.annotations.unbind(1)
-    annotations = torch.stack([image, annotator, everywhere[image, label]], 1)
-    return replace(image_set, labels=labels, counts=counts, annotations=annotations)
+    wrong = order[:round(number("noise", noise, low=0, high=1) * len(order))]
+    if not len(wrong): return image_set
+    if K < 2: raise InputError(f"noise={noise} in {image_set.name}, whose one class cannot change places with another")
+    voted = image_set.counts is not None or image_set.soft is not None
+    was = (image_set.majority if voted else image_set.labels)[wrong]
+    now = (was + torch.randint(1, K, (len(wrong),), generator=g)) % K
+    goes = torch.arange(K).repeat(N, 1)     # row i: which class becomes which
+    goes[wrong, was], goes[wrong, now] = now, was
+    changed = dict(labels=goes.gather(1, image_set.labels[:, None])[:, 0])
+    for name in ("counts", "soft"):
+        shares = getattr(image_set, name)
+        if shares is not None: changed[name] = shares.gather(1, goes)
+    if image_set.annotations is not None:
+        image, annotator, label = image_set.annotations.unbind(1)
+        changed["annotations"] = torch.stack([image, annotator, goes[image, label]], 1)
+    return replace(image_set, **changed)

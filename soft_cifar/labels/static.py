@@ -94,16 +94,12 @@ def first_votes(counts:np.ndarray, k:int, generator:np.random.Generator) -> Tens
     "Of the votes `counts` [N,K] the first `k` of each image, or all it has, in an order drawn at random; int64 [N,K]."
     N, K = counts.shape
     given = counts.sum(1)
-    cast = np.concatenate([np.repeat(np.arange(K), row) for row in counts])     # vote by vote, image by image
-    image = np.repeat(np.arange(N), given)
-    # sorting random keys within each image shuffles its votes
-    shuffled = cast[np.lexsort((generator.random(len(cast)), image))]
-    start = np.concatenate([[0], given[:-1].cumsum()])[:, None]
-    place, last = np.arange(k), given[:, None] - 1
-    drawn = shuffled[start + np.minimum(place, last)]
-    # a vote that is not there counts in one of K further columns, which are dropped
-    drawn = torch.from_numpy(drawn + K * (place > last))
-    return F.one_hot(drawn, 2 * K).sum(1)[:, :K]
+    image, cast = np.repeat(np.arange(N), given), np.repeat(np.tile(np.arange(K), N), counts.ravel())     # vote by vote
+    shuffled = cast[np.lexsort((generator.random(len(cast)), image))]     # by random keys within each image
+    place = np.arange(len(image)) - np.repeat(given.cumsum() - given, given)     # 0, 1, ... within it
+    first, taken = place < k, np.zeros((N, K), dtype=np.int64)
+    np.add.at(taken, (image[first], shuffled[first]), 1)
+    return torch.from_numpy(taken)
 
 def class_mean(image_set:ImageSet) -> Table:
     """The mean human distribution of the image's majority class (Peterson et al. 2019, section 6.2): as many
@@ -114,8 +110,8 @@ def class_mean(image_set:ImageSet) -> Table:
 
 @checked
 def shuffled_votes(image_set:ImageSet, seed:int=0) -> Table:
-    """A control: each image gets the votes of another with the same majority class, at random by `seed`. Each class has
-    the votes that it had, and no image its own."""
+    """A control: the votes of the images with one majority class change places, at random by `seed`. Each class has the
+    votes that it had; of each about one image keeps its own, as in any permutation."""
     majority = image_set.majority
     mixed = torch.randperm(len(majority), generator=torch.Generator().manual_seed(seed))
     # both are sorted by class; the second keeps its random order within one

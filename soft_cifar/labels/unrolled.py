@@ -51,7 +51,7 @@ def nearest_distribution(u:Tensor) -> Tensor:
     "The distributions [B,K] nearest to the rows of `u` [B,K] (Duchi et al. 2008, figure 1)."
     down = u.sort(1, descending=True).values
     t = (down.cumsum(1) - 1) / torch.arange(1, u.shape[1] + 1, device=u.device)
-    positive = (down > t).sum(1, keepdim=True)
+    positive = (down > t).sum(1, keepdim=True).clamp(min=1)     # of NaN none is, and NaN is the answer
     return (u - t.gather(1, positive - 1)).clamp(min=0)
 
 # %% ../../nbs/09_unrolled.ipynb #0719fbcb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTEGERS', 'wrap', 'keep_mask', 'MaskedReLU', 'noisy_relu', 'NoisyReLU', 'make_noisy', 'mean_probs',
-           'mutual_information', 'Dropout']
+           'mutual_information', 'mean_answer', 'Dropout']
 
 # %% ../../nbs/22_dropout.ipynb #d6be1016
 import math
@@ -72,6 +72,13 @@ def mutual_information(logits:Tensor) -> Tensor:
     entropy = lambda log_probs: torch.special.entr(log_probs.exp()).sum(-1)
     return entropy(mean_probs(logits)) - entropy(logits.log_softmax(2)).mean(0)
 
+def mean_answer(logits:Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What passes `logits` [S,B,K] say together, as `Classifier.predict`: `mean_probs` and their scores, those of logits
+    for their mean, and `mutual_information`."""
+    log_probs, of_logits = mean_probs(logits), softmax_scores(logits.mean(0))
+    of_mean = dict(max_logit=of_logits["max_logit"], energy=of_logits["energy"])
+    return log_probs, softmax_scores(log_probs) | of_mean | dict(mutual_information=mutual_information(logits))
+
 # %% ../../nbs/22_dropout.ipynb #f3fddf37
 class Dropout(Classifier):
     """Method `dropout`: a network with dropout after each ReLU, in training and evaluation. Raises `InputError` for
@@ -88,9 +95,6 @@ class Dropout(Classifier):
 
     def predict(self, x:Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "`log_probs` is the mean of probabilities over `samples` passes; `scores` has `mutual_information` too."
-        logits = torch.stack([self(x) for _ in range(self.samples)])
-        log_probs, of_logits = mean_probs(logits), softmax_scores(logits.mean(0))
-        of_mean = dict(max_logit=of_logits["max_logit"], energy=of_logits["energy"])
-        return log_probs, softmax_scores(log_probs) | of_mean | dict(mutual_information=mutual_information(logits))
+        return mean_answer(torch.stack([self(x) for _ in range(self.samples)]))
 
 wrap = Dropout.wrap

@@ -11,8 +11,8 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..arguments import checked, whole
 from ..backbone import Backbone
-from ..classifier import Classifier, softmax_scores
-from .dropout import mean_probs, mutual_information
+from ..classifier import Classifier
+from .dropout import mean_answer, mean_probs
 
 # %% ../../nbs/26_het.ipynb #c81ea39a
 class NoisyFeatures(nn.Module):
@@ -73,9 +73,6 @@ class Het(Classifier):
 
     def predict(self, x:Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "`log_probs` is the mean of probabilities over the noise; `scores` has `mutual_information` too."
-        logits = self.network.head(self.features(x))
-        log_probs, of_logits = mean_probs(logits), softmax_scores(logits.mean(0))
-        of_mean = dict(max_logit=of_logits["max_logit"], energy=of_logits["energy"])
-        return log_probs, softmax_scores(log_probs) | of_mean | dict(mutual_information=mutual_information(logits))
+        return mean_answer(self.network.head(self.features(x)))
 
 wrap = Het.wrap
