@@ -224,8 +224,9 @@ def how_much(compared:pd.DataFrame) -> str:
     sizes, ends = compared.estimate.abs(), compared[["low", "high"]].abs().max(axis=1)
     low, high, smallest = (metric.difference(x, sign="") for x in (sizes.min(), sizes.max(), metric.smallest))
     size, below = low if low == high else f"{low} to {high}", (ends < metric.smallest).sum()
-    return (f"differences of {size} {metric.unit}, in {below} of {len(compared)} with the whole interval below the "
-            f"{smallest} that matter")
+    said = f"differences of {size} {metric.unit}"
+    if not below: return said
+    return f"{said}, in {below} of {len(compared)} with the whole interval below the {smallest} that matter"
 
 # %% ../nbs/45_budget.ipynb #028d5af9
 STYLES = dict(hard=dict(ls="--", alpha=.5), soft=dict(ls="-", alpha=1))

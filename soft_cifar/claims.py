@@ -7,7 +7,8 @@ __all__ = ['TABLE_1', 'REPORTED', 'CELL', 'MODELS', 'MIXED', 'MIXES', 'CLAIMS', 
            'soft_hard', 'mixing', 'rivals', 'registry', 'weights_of', 'from_means', 'Results', 'by_image', 'positions',
            'results', 'values_of', 'from_seeds', 'by_unit', 'from_units', 'image_parts', 'image_parts_of_seed',
            'mean_parts', 'from_runs', 'for_new_pool', 'own_temperature', 'evidence', 'decide', 'named', 'cells_with',
-           'contrasts_in', 'groups_in', 'untested', 'conclusion', 'verdicts', 'of_study', 'owners', 'left_to']
+           'contrasts_in', 'groups_in', 'untested', 'conclusion', 'judge_family', 'verdicts', 'of_study', 'owners',
+           'left_to']
 
 # %% ../nbs/52_claims.ipynb #8e41f0c6
 import functools, math
@@ -354,6 +355,14 @@ def conclusion(sign:int, groups, support, refute, adjusted:float, smallest:float
     return dict(estimate=d.estimate, low=d.low, high=d.high, p=adjusted, verdict=verdict, decisive=named(group),
                 detectable=minimum_detectable(d, alpha))
 
+def judge_family(family:list[tuple]) -> None:
+    "Complete the rows of the claims on one metric, each as (claim, its `groups_in` a table, its row so far)."
+    weighed = [evidence([d for _, d in groups], claim.sign, row["smallest"]) if row["n"] > 1 else None
+               for claim, groups, row in family]
+    p = [min(found[0].max(), found[1].min()) if found else math.nan for found in weighed]
+    for (claim, groups, row), found, adjusted in zip(family, weighed, holm(p)):
+        if found: row |= conclusion(claim.sign, groups, *found, adjusted, row["smallest"], .05 / len(family))
+
 def verdicts(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
     """One row per claim of a registry: `compared` of its contrasts, the `decisive` group and its estimate, low, high;
     n, p (Holm), verdict, the smallest effect that matters, and the smallest `detectable` one at the level that Holm
@@ -361,15 +370,8 @@ def verdicts(table, estimate:Callable, claims=CLAIMS) -> pd.DataFrame:
     for `results`."""
     groups = [groups_in(table, estimate, claim) for claim in claims]
     rows = [untested(claim, there) for claim, there in zip(claims, groups)]
-    weighed = {i: evidence([d for _, d in groups[i]], claim.sign, rows[i]["smallest"])
-               for i, claim in enumerate(claims) if rows[i]["n"] > 1}
-    def p_of(i): return min(weighed[i][0].max(), weighed[i][1].min()) if i in weighed else math.nan
     for metric in {claim.metric for claim in claims}:
-        family = [i for i, claim in enumerate(claims) if claim.metric == metric]
-        for i, adjusted in zip(family, holm([p_of(i) for i in family])):
-            if i not in weighed: continue
-            level = .05 / len(family)
-            rows[i] |= conclusion(claims[i].sign, groups[i], *weighed[i], adjusted, rows[i]["smallest"], level)
+        judge_family([judged for judged in zip(claims, groups, rows) if judged[0].metric == metric])
     return pd.DataFrame(rows)
 
 def of_study(results:Results, claims=CLAIMS) -> pd.DataFrame:

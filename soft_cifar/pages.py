@@ -260,9 +260,7 @@ b.best { color: var(--best) }
   main { padding: .6rem .8rem 3rem }
   h1 { font-size: 1.5rem }
   th, td { padding: .25rem .45rem }
-  th:first-child, td:first-child { max-width: 9rem }
-  .output_svg, .output_png { overflow-x: auto }
-  .output_svg img, .output_png img { max-width: 40rem } }
+  th:first-child, td:first-child { max-width: 9rem } }
 """
 SCRIPT = """
 function key(cell) {     // a number comes before its name, and what is missing last

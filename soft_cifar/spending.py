@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['ALIKE', 'COMPARED', 'BETTER', 'OPEN', 'ENOUGH', 'COSTLY', 'COSTS', 'WORSE', 'purchases', 'alternatives',
            'at_same_cost', 'differs', 'rows_of', 'on_average', 'findings', 'mean_of', 'missed', 'headline', 'compared',
-           'counted', 'by_spending', 'beside_all', 'against_all', 'beside', 'enough', 'needed', 'count', 'beside_rows']
+           'counted', 'by_spending', 'by_images', 'beside_all', 'against_all', 'beside', 'enough', 'needed', 'count',
+           'beside_rows']
 
 # %% ../nbs/57_spending.ipynb #c33a2285
 import itertools
 import math
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from . import budget
 from .checks import escape_html
 from .claims import CELL, Claim, Results, average, of_study
 from .metrics import lookup
+from .stats import paired_differences
 from .tables import KEYS, MORE, difference_row, extent, with_own
 
 # %% ../nbs/57_spending.ipynb #7c0cc9e3
@@ -118,9 +121,24 @@ def counted(part:pd.DataFrame) -> str:
     return f"{lookup(part.metric.iloc[0]).title}: {said}"
 
 def by_spending(gathered:pd.DataFrame, title:str="") -> Figure:
-    "KL to people against the votes spent, of a table as `study.gather` gives it: `budget.spending` of its purchases."
+    """KL to people against the votes spent, of a table as `study.gather` gives it: `budget.spending` of its purchases; or
+    `by_images`, where all cost the same."""
     bought = purchases(gathered)[["images", "spent"]].reset_index()
-    return budget.spending(gathered.merge(bought).assign(kind="soft"), title=title)
+    known = gathered.merge(bought)
+    return by_images(known, title) if bought.spent.nunique() == 1 else budget.spending(known.assign(kind="soft"), title=title)
+
+def by_images(known, title:str) -> Figure:
+    "KL to people of `known` runs against the `images` that the same votes buy: means over seeds with 95% t intervals."
+    fig, ax = plt.subplots(figsize=(4.7, 3.2), layout="constrained")
+    groups = known.groupby(["images", "votes"]).kl_humans
+    means = {size: paired_differences(values, 0 * values) for size, values in groups}
+    middle = [d.estimate for d in means.values()]
+    below, above = ([abs(getattr(d, end) - d.estimate) for d in means.values()] for end in ("low", "high"))
+    ax.errorbar(range(len(means)), middle, [below, above], marker="o", capsize=3)
+    ax.set_xticks(range(len(means)), [f"{images:,} × {votes}" for images, votes in means])
+    ax.set(xlabel=f"images × votes of each: {known.spent.iloc[0]:,} votes", ylabel=lookup("kl_humans").label)
+    ax.set_title(title, loc="left", fontsize=10)
+    return fig
 
 # %% ../nbs/57_spending.ipynb #3a647c6a
 ENOUGH, COSTLY, COSTS = "costs nothing that matters", "costs what matters", "worse"

@@ -359,9 +359,10 @@ def load(path, seeds:list[int]|None=None, only:str|None=None, within:tuple=()) -
         check_formats(run for run, _ in made)
         made = borrow(made, others)
         made = select(made, only, models)
-    if len(splits := {run.folds for run, _ in made}) > 1: raise InputError(
-        f"folds: {' and '.join(sorted(map(str, splits)))} in one study, expected the same in all: runs of one seed and fold "
-        "are compared. Set folds in `shared`, or make two studies")
+    splits = {run.folds for run, _ in made if not run.keep_weights}     # others teach, or are what others start from
+    if len(splits) > 1: raise InputError(
+        f"folds: {' and '.join(sorted(map(str, splits)))} in one study, expected the same in all that are compared, which "
+        "are runs of one seed and fold: set folds in `shared`, or make two studies")
     made.sort(key=lambda pair: (seeds.index(pair[0].seed), -1 if pair[0].fold is None else pair[0].fold))
     return Study(path, tuple(run for run, _ in made), {run.cell: model for run, model in made}, absent)
 
