@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'METHODS', 'ATTACKED', 'DRAWN', 'EXPLORED', 'varies', 'Findings', 'find', 'nearest_and_right', 'in_order',
-           'with_majority', 'shifted', 'other_votes', 'judged', 'on_print', 'listed', 'by_metric', 'in_short', 'enough',
-           'swept', 'lead', 'on_claims']
+           'with_majority', 'by_writer', 'shifted', 'other_votes', 'judged', 'on_print', 'listed', 'by_metric',
+           'in_short', 'enough', 'swept', 'lead', 'on_claims']
 
 # %% ../nbs/58_findings.ipynb #ee80b546
 import functools
@@ -122,6 +122,15 @@ def with_majority(rows:pd.DataFrame) -> pd.Series:
     "Which rows of `tables.against_labels` are of labels that people's majority is a part of."
     return rows.labels.map(lambda name: "base" in parameters_of(name)).astype(bool)
 
+def by_writer(beside:pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "Rows of `tables.against_labels` beside votes by who writes the labels and how images are mixed, in words."
+    helped, groups = with_majority(beside), {}
+    for mix, rows in beside[~helped].groupby("mix", sort=False):
+        mixed = "" if mix == "none" else f" with {mix}"
+        groups[f"labels that networks write{mixed}, beside people's votes{mixed}"] = rows
+    if helped.any(): groups["the majority of the votes with what a network answers, beside the votes"] = beside[helped]
+    return groups
+
 def shifted(gathered:pd.DataFrame) -> list[str]:
     "The log losses on further test sets."
     return [name for name in gathered if name.startswith("shift_nll_") and "_scaled_" not in name]
@@ -174,7 +183,6 @@ def swept(found:Findings) -> list[str]:
 def lead(found:Findings, page_of:Callable) -> str:
     "The answer of a study as Markdown. `page_of(name)` is a link to the report of another one."
     soft_hard, named = found.differences, escape_markdown(found.gathered.model.iloc[0])
-    beside, helped = found.beside_votes, with_majority(found.beside_votes)
     beside_hard = in_short(ahead, found.against) if not len(found.by_noise) else []
     wrong = with_wrong_labels(found.by_noise) if len(found.by_noise) else []
     paragraphs = [
@@ -186,10 +194,8 @@ def lead(found:Findings, page_of:Callable) -> str:
         *listed("Of two ways to spend the same number of votes, which is better?",
                 spending.findings(found.same_cost, found.on_average)),
         distance.headline(found.ours, found.results) if len(found.home) else "",
-        *listed(f"Labels that networks write beside people's votes, {EXPLORED}",
-                in_short(tally, beside[~helped], others=True)),
-        *listed(f"The majority of the votes with what a network answers, beside the votes, {EXPLORED}",
-                in_short(tally, beside[helped], others=True)),
+        *(text for words, rows in by_writer(found.beside_votes).items()
+          for text in listed(f"{words[0].upper()}{words[1:]}, {EXPLORED}", in_short(tally, rows, others=True))),
         *listed("Better than hard labels, and by how much (exploratory, so without verdicts):", beside_hard),
         *listed(f"Beside *{named}*, {EXPLORED}", by_metric(sides, found.methods)),
         *on_claims(found, page_of)]
