@@ -218,8 +218,8 @@ def for_new_sample(rows:pd.DataFrame, pairs, metric:str, test:int) -> list[stats
     return [stats.nadeau_bengio(by_choice[a], by_choice[b], test, min(a[0], b[0])) for a, b in pairs]
 
 def how_much(compared:pd.DataFrame) -> str:
-    """How large the differences are in the rows `compared` of one metric, whichever way they point, and in how many the
-    whole interval lies below what matters: part of a sentence."""
+    """How large the differences are in the rows `compared` of one metric, whichever way they point, and in how many, if
+    any, the whole interval lies below what matters: part of a sentence."""
     metric = metrics.lookup(compared.metric.iloc[0])
     sizes, ends = compared.estimate.abs(), compared[["low", "high"]].abs().max(axis=1)
     low, high, smallest = (metric.difference(x, sign="") for x in (sizes.min(), sizes.max(), metric.smallest))
