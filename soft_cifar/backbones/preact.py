@@ -10,11 +10,12 @@ from torch import nn
 from ..arguments import checked
 from ..backbone import Backbone, he_init
 from .resnet import DEPTH, WIDTH, per_stage, stages
+from ..fused import NormReLU
 
 # %% ../../nbs/20_preact.ipynb #049ca0a8
-def bn_relu(channels:int) -> nn.Sequential:
+def bn_relu(channels:int) -> NormReLU:
     "Batch normalisation, then ReLU."
-    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    return NormReLU(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 def conv(inputs:int, outputs:int, size:int, stride:int=1) -> nn.Conv2d:
     "A `size`x`size` convolution without bias that keeps the image, or shrinks it by `stride`."

@@ -9,8 +9,9 @@ __all__ = ['BLOCKS', 'Bottleneck', 'ResNet4']
 from torch import nn
 from ..arguments import checked
 from ..backbone import Backbone, he_init
-from .resnet import Block, DEPTH, WIDTH, conv_bn, stages
+from .resnet import Block, DEPTH, WIDTH, conv_bn, conv_bn_relu, stages, stem_of
 from ..checks import one_of
+from ..fused import NormReLU
 
 # %% ../../nbs/20_resnet4.ipynb #4e498ba4
 class Bottleneck(nn.Module):
@@ -18,13 +19,13 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs:int, outputs:int, stride:int, inner:int|None=None, groups:int=1):
         super().__init__()
         inner = inner or outputs // 4
-        self.first, self.middle = conv_bn(inputs, inner, 1), nn.ReLU(inplace=True)
+        self.first = conv_bn_relu(inputs, inner, 1)
         convolution = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
-        self.second = nn.Sequential(convolution, nn.BatchNorm2d(inner), nn.ReLU(inplace=True))
-        self.third, self.last = conv_bn(inner, outputs, 1), nn.ReLU(inplace=True)
+        self.second = NormReLU(convolution, nn.BatchNorm2d(inner), nn.ReLU(inplace=True))
+        self.third = conv_bn_relu(inner, outputs, 1)
         self.shortcut = nn.Identity() if inputs == outputs and stride == 1 else conv_bn(inputs, outputs, 1, stride)
 
-    def forward(self, x): return self.last(self.third(self.second(self.middle(self.first(x)))) + self.shortcut(x))
+    def forward(self, x): return self.third(self.second(self.first(x)), self.shortcut(x))
 
 # %% ../../nbs/20_resnet4.ipynb #e6c84a1e
 BLOCKS = {     # in each stage, by depth
@@ -42,7 +43,6 @@ class ResNet4(Backbone):
         blocks = BLOCKS[one_of("depth", depth, BLOCKS)]
         block, times = (Block, 1) if depth < 50 else (Bottleneck, 4)
         outputs = [times * width * 2**i for i in range(4)]
-        stem = [conv_bn(3, width, 3), nn.ReLU(inplace=True)]
-        self.body = nn.Sequential(*stem, *stages(block, width, outputs, blocks))
+        self.body = nn.Sequential(*stem_of(width), *stages(block, width, outputs, blocks))
         self.head, self.num_features = nn.Linear(outputs[-1], classes), outputs[-1]
         he_init(self)

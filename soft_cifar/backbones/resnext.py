@@ -9,7 +9,7 @@ __all__ = ['ResNeXt']
 from torch import nn
 from ..arguments import checked, whole
 from ..backbone import Backbone, he_init
-from .resnet import DEPTH, WIDTH, conv_bn, per_stage, stages
+from .resnet import DEPTH, WIDTH, per_stage, stages, stem_of
 from .resnet4 import Bottleneck
 
 # %% ../../nbs/20_resnext.ipynb #77b0d37a
@@ -25,7 +25,6 @@ class ResNeXt(Backbone):
             inner = cardinality * group_width * outputs // (4 * width)
             return Bottleneck(inputs, outputs, stride, inner, cardinality)
         blocks, outputs = per_stage(depth, 9, 2), [4 * width, 8 * width, 16 * width]
-        stem = [conv_bn(3, width, 3), nn.ReLU(inplace=True)]
-        self.body = nn.Sequential(*stem, *stages(block, width, outputs, 3 * [blocks]))
+        self.body = nn.Sequential(*stem_of(width), *stages(block, width, outputs, 3 * [blocks]))
         self.head, self.num_features = nn.Linear(outputs[-1], classes), outputs[-1]
         he_init(self)
