@@ -68,8 +68,6 @@ INLINE void gradient(Rows rows, const int C, int64_t n, const bf16 *passed, cons
     }
     EACH(float d = (wide(x[k]) - m[c]) * slope[c]; dx[k] = narrow((wide(passed[k]) - base[c] - d) * s[c] * w[c]))
 }
-
-
 INLINE void second_sums(Rows rows, const int C, const bf16 *g, const bf16 *v, const bf16 *x, const float *mean,
                         float *out) {
     float s[5][C], m[C]; memset(s, 0, sizeof s); memcpy(m, mean, sizeof m);
@@ -302,23 +300,27 @@ def same_bits(made:ctypes.CDLL) -> bool:
     "Whether the library `made` has the bits of PyTorch, on random maps of 16, 32 and 48 channels."
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return all(agrees(made, channels, adds) for channels in (16, 32, 48) for adds in (False, True))
+        kinds = [(adds, kept) for adds in (False, True) for kept in (2**15, 2**14 + 1)]
+        return all(agrees(made, channels, *kind) for channels in (16, 32, 48) for kind in kinds)
 
-def agrees(made:ctypes.CDLL, channels:int, adds:bool) -> bool:
-    "Whether `made` has the bits of PyTorch on one random batch of maps, with or without a shortcut."
-    def maps(): return torch.randn(32, channels, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last)
+def agrees(made:ctypes.CDLL, channels:int, adds:bool, kept:int) -> bool:
+    "Whether `made` has the bits of PyTorch on random maps, with or without shortcut, where `kept` of 2**15 are kept."
+    def in_rows(maps): return maps.contiguous(memory_format=torch.channels_last)
+    def maps(): return in_rows(torch.randn(32, channels, 32, 32).bfloat16())
     x, shortcut, g = 2 * maps() + .3, maps() if adds else None, maps() / 1000
-    norm = nn.BatchNorm2d(channels)
+    words, scale = in_rows(torch.randint(-2**15, 2**15, x.shape, dtype=torch.int16)), 2**15 / kept
+    norm, other = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
     for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var): part.copy_(torch.rand(channels) + .5)
-    other = nn.BatchNorm2d(channels)
     other.load_state_dict(norm.state_dict())
     same = True
     for training in (True, False):
         norm.train(training), other.train(training)
-        y, mean, invstd = forth(made, x, shortcut, (None, 0, 1.), norm.weight, norm.bias, norm)
-        same &= torch.equal(y, torch.relu(other(x) if shortcut is None else other(x) + shortcut))
+        noise = (None if kept == 2**15 else words, kept, scale)
+        y, mean, invstd = forth(made, x, shortcut, noise, norm.weight, norm.bias, norm)
+        by_steps = torch.relu(other(x) if shortcut is None else other(x) + shortcut)
+        same &= torch.equal(y, by_steps.masked_fill((words.int() & 2**15 - 1) >= kept, 0) * scale)
         if not training: continue
         same &= torch.equal(norm.running_mean, other.running_mean) and torch.equal(norm.running_var, other.running_var)
-        inputs = y, x, 1., norm.weight, mean, invstd
+        inputs = y, x, scale, norm.weight, mean, invstd
         same &= all(map(torch.equal, back(made, g, *inputs), back_by_steps(g, *inputs, norm)))
     return same
