@@ -11,6 +11,7 @@ from ..arguments import checked
 from ..backbone import Backbone, he_init
 from .resnet import DEPTH, WIDTH
 from ..checks import one_of
+from ..fused import NormReLU
 
 # %% ../../nbs/20_vgg.ipynb #706291d9
 CONVOLUTIONS = {     # of each stage, by depth
@@ -21,7 +22,7 @@ def stage(inputs:int, outputs:int, convolutions:int) -> list[nn.Module]:
     layers = []
     for i in range(convolutions):
         convolution = nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1)
-        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        layers.append(NormReLU(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)))
     # an odd row or column at the border is kept
     return [*layers, nn.MaxPool2d(2, ceil_mode=True)]
 
