@@ -187,6 +187,7 @@ def call(function, x:Tensor, *parts) -> None:
     function(ctypes.c_int64(pixels), channels, torch.get_num_threads(), *map(as_c, parts))
 
 def in_rows(maps:Tensor|None) -> Tensor|None:
+    "`maps` [B,C,h,w], or None, as they are but channels last in memory."
     return maps if maps is None else maps.contiguous(memory_format=torch.channels_last)
 
 def forth(made, x, shortcut, noise, weight, bias, norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,13 +225,13 @@ class NormReLUStep(torch.autograd.Function):
     def forward(ctx, x, weight, bias, shortcut, made, noise, norm):
         y, mean, invstd = forth(made, x, shortcut, noise, weight, bias, norm)
         ctx.save_for_backward(y, x, weight, mean, invstd)
-        ctx.made, ctx.scale, ctx.norm, ctx.adds = made, noise[2], norm, shortcut is not None
+        ctx.made, ctx.scale, ctx.norm = made, noise[2], norm
         return y
 
     @staticmethod
     def backward(ctx, g):
         *found, passed = NormReLUBack.apply(g, *ctx.saved_tensors, ctx.made, ctx.scale, ctx.norm)
-        return *found, passed if ctx.adds else None, None, None, None
+        return *found, passed if ctx.needs_input_grad[3] else None, None, None, None
 
 class NormReLUBack(torch.autograd.Function):
     "The way back of `NormReLUStep`, and its derivative."
@@ -305,7 +306,6 @@ def same_bits(made:ctypes.CDLL) -> bool:
 
 def agrees(made:ctypes.CDLL, channels:int, adds:bool, kept:int) -> bool:
     "Whether `made` has the bits of PyTorch on random maps, with or without shortcut, where `kept` of 2**15 are kept."
-    def in_rows(maps): return maps.contiguous(memory_format=torch.channels_last)
     def maps(): return in_rows(torch.randn(32, channels, 32, 32).bfloat16())
     x, shortcut, g = 2 * maps() + .3, maps() if adds else None, maps() / 1000
     words, scale = in_rows(torch.randint(-2**15, 2**15, x.shape, dtype=torch.int16)), 2**15 / kept

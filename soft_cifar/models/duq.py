@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS_ALONE', 'wrap', 'log_kernel', 'kernel_loss', 'Centroids', 'gradient_norm', 'gradient_penalty', 'inputs_alone',
-           'of', 'input_gradient', 'weight_gradient', 'Convolve', 'InputGradient', 'Convolution', 'use_ours', 'DUQ']
+           'of', 'gradients', 'Convolve', 'InputGradient', 'Convolution', 'use_ours', 'DUQ']
 
 # %% ../../nbs/24_duq.ipynb #63f1c638
 import contextlib
@@ -83,11 +83,9 @@ def of(layer:nn.Conv2d) -> tuple:
     "The last arguments of PyTorch's functions for the convolution `layer`."
     return list(layer.stride), list(layer.padding), list(layer.dilation), False, [0, 0], layer.groups
 
-def input_gradient(g:Tensor, x:Tensor, weight:Tensor, layer:nn.Conv2d) -> Tensor:
-    return torch.ops.aten.convolution_backward(g, x, weight, None, *of(layer), [True, False, False])[0]
-
-def weight_gradient(g:Tensor, x:Tensor, weight:Tensor, layer:nn.Conv2d) -> Tensor:
-    return torch.ops.aten.convolution_backward(g, x, weight, None, *of(layer), [False, True, False])[1]
+def gradients(g:Tensor, x:Tensor, weight:Tensor, layer:nn.Conv2d, of_x:bool=True, of_weight:bool=True) -> tuple:
+    "The gradients with respect to `x` and `weight`, or None, of `g` with respect to what `layer` makes of them."
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *of(layer), [of_x, of_weight, False])[:2]
 
 class Convolve(torch.autograd.Function):
     "The convolution of `x` [B,C,H,W] by `weight` as `layer` has it, whose input's gradient is an `InputGradient`."
@@ -101,22 +99,21 @@ class Convolve(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         if INPUTS_ALONE.get(): return InputGradient.apply(g, x.detach(), weight, ctx.layer), None, None
-        dx = input_gradient(g, x, weight, ctx.layer) if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(g, x, weight, ctx.layer), None
+        return *gradients(g, x, weight, ctx.layer, of_x=ctx.needs_input_grad[0]), None
 
 class InputGradient(torch.autograd.Function):
-    "`input_gradient`, of `g` and `weight`; of `x` it needs the shape."
+    "The first of `gradients`, and its derivatives by `g` and `weight`; of `x` it needs the shape."
     @staticmethod
     def forward(ctx, g, x, weight, layer):
         ctx.save_for_backward(g, weight)
         ctx.layer = layer
-        return input_gradient(g, x, weight, layer)
+        return gradients(g, x, weight, layer, of_weight=False)[0]
 
     @staticmethod
     def backward(ctx, v):
         g, weight = ctx.saved_tensors
         of_g = torch.ops.aten.convolution(v, weight, None, *of(ctx.layer))
-        return of_g, None, weight_gradient(g, v, weight, ctx.layer), None
+        return of_g, None, gradients(g, v, weight, ctx.layer, of_x=False)[1], None
 
 class Convolution(nn.Conv2d):
     "A convolution without bias that is a `Convolve` where it computes in bfloat16 on a CPU."
